@@ -1,0 +1,37 @@
+# make quickstart   raw text to a PPO-tuned chat model, about 10 minutes on 2 cores
+# make test         all tests
+# make lint         ruff and mypy
+# Needs Python 3.11, pip, make and a C compiler. Everything is installed into .venv, from requirements-cpu.lock.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+# Written last: an interrupted installation has no marker and starts afresh; a changed lock makes a new one.
+READY := $(VENV)/.ready
+
+.PHONY: quickstart test lint install clean
+
+quickstart: $(READY)
+	$(VENV)/bin/roundhouse run recipes/quickstart.yaml
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+install: $(READY)
+
+# torch goes first and alone, so that pip may choose its CPU build. The lock is complete, hence --no-deps: resolving would
+# bring in torchvision and torchaudio, whose CUDA builds break transformers beside a CPU torch.
+$(READY): requirements-cpu.lock pyproject.toml
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet torch==2.13.0
+	$(VENV)/bin/pip install --quiet --no-deps -r requirements-cpu.lock
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,105 @@
+"""One way to Ray, wherever it runs.
+
+    with connect("local"):                      # start Ray on this machine, and stop it at the end
+        ...
+    with connect("auto"), connect("ray://head:10001"):     # or join a running one
+
+Inside a Ray job (`roundhouse submit`, `ray job submit`) "local" joins the cluster that runs the job: the same recipe
+works in both places. Always pass the address: without one, Ray may join whatever cluster file an old session left behind.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.errors import ClusterError
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine; read when ray is imported
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_SHIPPED = ["/runs", "/.venv", "/.git", "/.ci", "/docs", "/benchmarks", "**/__pycache__", "/.*_cache", "/.hypothesis"]
+REACH_SECONDS = 5.0
+
+
+@contextmanager
+def connect(address: str = "local", num_cpus: float | None = None) -> Iterator[None]:
+    """Ray, connected for the length of a `with` block. `num_cpus` (only when starting one here) defaults to this process's cores.
+
+    Raises ClusterError when nothing answers at `address` or Ray cannot start here.
+    """
+    import ray  # two seconds: only those who need it pay
+
+    if ray.is_initialized():  # a session fixture, or a notebook: theirs to stop
+        yield
+        return
+    quiet()
+    try:
+        _init(address, num_cpus)
+    except ClusterError:
+        raise
+    except Exception as error:  # Ray raises anything from ValueError to bare RuntimeError here
+        raise ClusterError(_why_not(address, error)) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def inside_job() -> bool:
+    """Whether this process is the driver of a Ray job: its supervisor hands these two down."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "RAY_ADDRESS" in os.environ
+
+
+def local_cores() -> int:
+    """Cores this process may run on, which in a container or under taskset are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def quiet() -> None:
+    """Ray's progress messages would break the live line; warnings and errors still come through."""
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _init(address: str, num_cpus: float | None) -> None:
+    import ray
+
+    common = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if address == "local" and inside_job():
+        ray.init(address=os.environ["RAY_ADDRESS"], **common)  # the job's runtime_env already ships the code
+    elif address == "local":
+        # Workers import data, cluster and rlhf from here; they are children of this machine, so a path is enough.
+        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+        ray.init(
+            address="local",
+            num_cpus=local_cores() if num_cpus is None else num_cpus,
+            include_dashboard=False,
+            runtime_env={"env_vars": {"PYTHONPATH": path}},
+            **common,
+        )
+    else:
+        _reach(address)
+        ray.init(address=address, runtime_env={"working_dir": str(ROOT), "excludes": NOT_SHIPPED}, **common)
+
+
+def _reach(address: str) -> None:
+    """A closed door is told within seconds; Ray itself would knock for a minute."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto": Ray looks for a cluster of this machine and says at once when there is none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"nothing answers at {address} ({error}). Is the head node up (`ray start --head`), and is this its address?"
+        ) from None
+
+
+def _why_not(address: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if address == "local":
+        return f"Ray did not start on this machine: {reason}"
+    return f"cannot join Ray at {address}: {reason}. `ray start --head` starts one; `cluster.address: local` needs none."

@@ -1,0 +1,89 @@
+"""A group: the actors of one role, in their own placement group, forming one torch process group.
+
+    group = Group("policy", PolicyWorker, demand, placement, args=(recipe, path), threads=2, ports=(20000, 30000))
+    group.ready(seconds=600)
+    refs = group.start("update", experience_ref)            # {"policy[0]": ref, "policy[1]": ref}
+    results = wait(refs, seconds=600, what="PPO step 3: update")
+"""
+
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+import torch.distributed as dist
+from ray import ObjectRef
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.deadlines import wait
+from cluster.hardware import hardware, use_threads
+from cluster.placement import Demand
+from cluster.ports import free_port
+
+
+class Worker:
+    """Base of a group's actors: knows its rank, owns its share of threads, joins its group's process group."""
+
+    def __init__(self, rank: int, world: int, threads: int) -> None:
+        self.rank, self.world = rank, world
+        use_threads(threads)
+
+    def address(self, ports: tuple[int, int]) -> tuple[str, int]:
+        """Host and a free port of this worker's node, for the others to meet at."""
+        return ray.util.get_node_ip_address(), free_port(ports)
+
+    def join(self, host: str, port: int) -> None:
+        """Form the process group of this role with the other ranks."""
+        dist.init_process_group(hardware().backend, init_method=f"tcp://{host}:{port}", rank=self.rank, world_size=self.world)
+
+    def host(self) -> str:
+        return socket.gethostname()
+
+
+class Group:
+    def __init__(
+        self,
+        name: str,
+        worker: type[Worker],
+        demand: Demand,
+        placement: PlacementGroup,
+        *,
+        args: tuple[Any, ...],
+        threads: int,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start `demand.workers` actors of class `worker`, constructed as worker(rank, world, threads, *args)."""
+        self.name, self.placement = name, placement
+        actor = ray.remote(worker)
+        self.actors = [
+            actor.options(  # type: ignore[attr-defined]
+                num_cpus=demand.cpus,
+                num_gpus=demand.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank),
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), **(env or {})}},
+            ).remote(rank, demand.workers, threads, *args)
+            for rank in range(demand.workers)
+        ]
+
+    def connect(self, ports: tuple[int, int], seconds: float) -> None:
+        """Let the actors form one torch process group; a single CPU actor needs none."""
+        if len(self.actors) == 1 and not hardware_has_gpu(self.placement):
+            return
+        where = wait({f"{self.name}[0]": self.actors[0].address.remote(ports)}, seconds, f"{self.name}: find a port")
+        host, port = where[f"{self.name}[0]"]
+        wait(self.start("join", host, port), seconds, f"{self.name}: form the process group")
+
+    def start(self, method: str, *args: Any) -> dict[str, ObjectRef]:
+        """Call `method` on every actor; returns its references by the actors' names."""
+        return {f"{self.name}[{rank}]": getattr(actor, method).remote(*args) for rank, actor in enumerate(self.actors)}
+
+    def stop(self) -> None:
+        """End the actors and give their CPUs and GPUs back."""
+        for actor in self.actors:
+            ray.kill(actor)
+        remove_placement_group(self.placement)
+
+
+def hardware_has_gpu(placement: PlacementGroup) -> bool:
+    return any("GPU" in bundle for bundle in placement.bundle_specs)

@@ -1,0 +1,282 @@
+"""Tokenizers: text to ids and back, for three kinds of vocabulary behind one class.
+
+    tokenizer = train(texts, vocab_size=4096)             # learn a byte-level BPE
+    tokenizer = named("gpt2", cache_dir)                  # tiktoken's encodings, without its downloads
+    tokenizer = from_model(Path("models/SmolLM2-135M"))   # the one a model directory brings
+    tokenizer.save(folder); tokenizer = load(folder)      # opens in transformers and vLLM, too
+
+Text is data: whatever it holds, `encode` never yields a special id. Only chat templates may (`encode_template`).
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import rustbpe
+import tiktoken
+from tokenizers import Tokenizer as HFTokenizer
+
+from data.encodings import END_OF_TEXT, END_OF_TURN, PATTERNS, SPECIAL_TOKENS, named_ranks, rank_file, read_ranks
+from data.errors import DataError
+from data.files import write_bytes, write_json
+from data.templates import CHAT_TEMPLATE, PLAIN_TEMPLATE, render
+from data.tokenizer_json import byte_of_symbol, tokenizer_json
+
+
+class Tokenizer(ABC):
+    """What every tokenizer can do. Ids are in [0, vocab_size)."""
+
+    vocab_size: int
+    """Largest id + 1: the rows an embedding needs."""
+    fingerprint: str
+    """sha256 of everything that decides which ids a text gets."""
+    chat_template: str
+    """Jinja; see `data.chat`."""
+    end_of_text: int
+    """Ends every document of the token stream."""
+    end_of_turn: int
+    """Ends the assistant's turn: generation stops at it."""
+    special_ids: frozenset[int]
+    """Ids that `encode` never yields."""
+    template_tokens: dict[str, str]
+    """bos_token, eos_token and the like, as templates know them."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; what looks like a special token in it is ordinary text."""
+
+    @abstractmethod
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of a chat template's own words, special tokens recognised. Never give it anything that a user wrote."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of ids; bytes that are no utf-8 become U+FFFD."""
+
+    @abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of text that one id stands for; none for special ids."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the files that `load`, transformers.AutoTokenizer and vLLM open. The bytes depend on the tokenizer alone."""
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """`encode` for many. One thread: Ray Data runs one such loop per core."""
+        return [self.encode(text) for text in texts]
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text per id, int64 `[vocab_size]`, 0 for special ids: bits per byte = nats / ln 2 / byte_lengths[ids].sum()."""
+        return np.array([len(self.token_bytes(i)) for i in range(self.vocab_size)], dtype=np.int64)
+
+
+class BytePairTokenizer(Tokenizer):
+    """A byte-level BPE run by tiktoken."""
+
+    def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int], chat_template: str = CHAT_TEMPLATE) -> None:
+        """`pattern` names an entry of `encodings.PATTERNS`. Every id below the largest must be taken, or decoding could fail."""
+        self.name, self.ranks, self.pattern, self.specials, self.chat_template = name, ranks, pattern, specials, chat_template
+        self.vocab_size = len(ranks) + len(specials)
+        if sorted([*ranks.values(), *specials.values()]) != list(range(self.vocab_size)):
+            raise DataError(f"the vocabulary of {name!r} has holes or ids taken twice")
+        self.end_of_text, self.end_of_turn = specials[END_OF_TEXT], specials[END_OF_TURN]
+        self.special_ids = frozenset(specials.values())
+        self.template_tokens = {"eos_token": END_OF_TURN, "pad_token": END_OF_TEXT}
+        parts = [rank_file(ranks), PATTERNS[pattern].tiktoken.encode(), json.dumps(sorted(specials.items())).encode()]
+        self.fingerprint = hashlib.sha256(b"\0".join(parts)).hexdigest()
+        # The prefix keeps pickle from replacing it by tiktoken's own of that name, which would be downloaded on arrival.
+        self.encoding = tiktoken.Encoding(
+            f"roundhouse-{name}", pat_str=PATTERNS[pattern].tiktoken, mergeable_ranks=ranks, special_tokens=specials
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def encode_template(self, text: str) -> list[int]:
+        return self.encoding.encode(text, allowed_special="all")
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        return self.encoding.decode([i for i in ids if not (skip_special and i in self.special_ids)])
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"" if token in self.special_ids else self.encoding.decode_single_token_bytes(token)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / "ranks.tiktoken", rank_file(self.ranks))
+        encoding = {
+            "name": self.name,
+            "pattern": self.pattern,
+            "special_tokens": self.specials,
+            "chat_template": self.chat_template,
+            "fingerprint": self.fingerprint,
+        }
+        write_json(folder / "encoding.json", encoding)
+        write_bytes(folder / "tokenizer.json", tokenizer_json(self.ranks, PATTERNS[self.pattern].portable, self.specials).encode())
+        write_json(
+            folder / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                **self.template_tokens,
+                "chat_template": self.chat_template,
+                "clean_up_tokenization_spaces": False,
+            },
+        )
+
+
+class ModelTokenizer(Tokenizer):
+    """The tokenizer of a model directory, run by HF tokenizers. It holds the directory's files, so it travels and saves whole."""
+
+    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+    def __init__(self, files: dict[str, bytes], where: str) -> None:
+        """`files` by name, at least tokenizer.json; `where` is for error messages."""
+        self.files = files
+        try:
+            self._open()
+        except DataError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception for broken files
+            raise DataError(f"{where}: cannot read its tokenizer: {error!r}") from error
+        self.fingerprint = hashlib.sha256(files["tokenizer.json"]).hexdigest()
+        tokens = self._config_tokens()
+        eos = tokens.get("eos_token")
+        ids = self.hf.get_vocab(with_added_tokens=True)
+        if eos not in ids:
+            raise DataError(f"{where}: tokenizer_config.json names no eos_token of the vocabulary, so nothing could end a text")
+        self.template_tokens = tokens
+        self.vocab_size = max(ids.values()) + 1
+        self.special_ids = frozenset(i for i, token in self.hf.get_added_tokens_decoder().items() if token.special) | {ids[eos]}
+        # Chat models redefine eos as the end of a turn; the token that ends documents keeps one of these names.
+        self.end_of_text = next((ids[t] for t in (END_OF_TEXT, "<|end_of_text|>", "</s>") if t in ids), ids[eos])
+        self.chat_template = self._template() or PLAIN_TEMPLATE
+        self.end_of_turn = self._first_special_after_answer(default=ids[eos])
+
+    def _open(self) -> None:
+        self.hf = HFTokenizer.from_str(self.files["tokenizer.json"].decode())
+        self.hf.no_padding()
+        self.hf.no_truncation()
+        self.config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        self.byte_level = '"ByteLevel"' in json.dumps(json.loads(self.files["tokenizer.json"]).get("decoder"))
+
+    def __getstate__(self) -> dict[str, bytes]:
+        return self.files
+
+    def __setstate__(self, files: dict[str, bytes]) -> None:
+        self.__init__(files, "a tokenizer sent by Ray")  # type: ignore[misc]
+
+    def _config_tokens(self) -> dict[str, str]:
+        both = {**json.loads(self.files.get("special_tokens_map.json", b"{}")), **self.config}
+        named = {k: v["content"] if isinstance(v, dict) else v for k, v in both.items() if k.endswith("_token")}
+        return {k: v for k, v in named.items() if isinstance(v, str)}
+
+    def _template(self) -> str:
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].decode()
+        template = self.config.get("chat_template") or ""
+        if isinstance(template, list):  # several by name: the one for plain chats is called "default"
+            template = {t["name"]: t["template"] for t in template}.get("default", "")
+        return str(template)
+
+    def _first_special_after_answer(self, default: int) -> int:
+        marker = "(answer)"
+        messages = [{"role": "user", "content": "(question)"}, {"role": "assistant", "content": marker}]
+        text = render(self.chat_template, messages, add_generation_prompt=False, **self.template_tokens)
+        tail = self.encode_template(text.rpartition(marker)[2])
+        return next((i for i in tail if i in self.special_ids), default)
+
+    def encode(self, text: str) -> list[int]:
+        self.hf.encode_special_tokens = True  # HF's name for "special tokens in the text are text"
+        return self.hf.encode(text, add_special_tokens=False).ids
+
+    def encode_template(self, text: str) -> list[int]:
+        self.hf.encode_special_tokens = False
+        return self.hf.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        return self.hf.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_bytes(self, token: int) -> bytes:
+        symbols = None if token in self.special_ids else self.hf.id_to_token(token)
+        if symbols is None:  # special, or a hole in the vocabulary
+            return b""
+        if self.byte_level:
+            known = byte_of_symbol()
+            return b"".join(bytes([known[c]]) if c in known else c.encode() for c in symbols)
+        if len(symbols) == 6 and symbols.startswith("<0x"):  # SentencePiece byte fallback, <0x0A>
+            return bytes.fromhex(symbols[3:5])
+        return symbols.replace("\u2581", " ").encode()
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            write_bytes(folder / name, content)
+        if not self._template():
+            write_json(folder / "tokenizer_config.json", {**self.config, "chat_template": self.chat_template})
+
+
+def train(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
+    """Learn a byte-level BPE with rustbpe (18.8 MB of text, 8k vocabulary: 2.3 s) on tiktoken's cl100k pre-token pattern.
+
+    `vocab_size` counts the 256 bytes and the special tokens. Raises DataError when the texts hold too few different
+    words for that many tokens. The result depends on the counts of words alone, not on order or threads.
+    """
+    trainer = rustbpe.Tokenizer()
+    wanted = vocab_size - len(SPECIAL_TOKENS)
+    if wanted < 256:
+        raise DataError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {256 + len(SPECIAL_TOKENS)}")
+    trainer.train_from_iterator(iter(texts), wanted, pattern=PATTERNS["cl100k_base"].tiktoken)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) < wanted:
+        raise DataError(
+            f"the texts hold too few different words for a vocabulary of {vocab_size}: "
+            f"lower tokenizer.vocab_size to at most {len(ranks) + len(SPECIAL_TOKENS)}, or add text"
+        )
+    return BytePairTokenizer("trained", ranks, "cl100k_base", {s: wanted + i for i, s in enumerate(SPECIAL_TOKENS)})
+
+
+def named(name: str, cache_dir: Path) -> BytePairTokenizer:
+    """One of tiktoken's encodings (gpt2, r50k_base, p50k_base, cl100k_base, o200k_base) with the same id for every text.
+
+    Its special tokens keep their ids, ours are added behind them; ids that tiktoken leaves unused become
+    <|reserved_N|>, so that anything a model samples can be decoded.
+    """
+    encoding = named_ranks(name, cache_dir)
+    specials = dict(encoding.specials)
+    taken = {*encoding.ranks.values(), *specials.values()}
+    specials |= {f"<|reserved_{i}|>": i for i in range(max(taken)) if i not in taken}
+    for special in SPECIAL_TOKENS:
+        specials.setdefault(special, len(encoding.ranks) + len(specials))
+    return BytePairTokenizer(name, encoding.ranks, encoding.pattern, specials)
+
+
+def from_model(folder: Path) -> ModelTokenizer:
+    """The tokenizer of a transformers model directory. Raises DataError when it has none."""
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise DataError(
+            f"{folder}: no tokenizer.json, so this is not a model directory with a (fast) tokenizer: "
+            "save one there with transformers' save_pretrained, or choose another tokenizer.encoding"
+        )
+    return ModelTokenizer({n: (folder / n).read_bytes() for n in ModelTokenizer.FILES if (folder / n).is_file()}, str(folder))
+
+
+def load(folder: Path) -> Tokenizer:
+    """Open what `save` wrote. Raises DataError when a file is missing or damaged."""
+    folder = Path(folder)
+    if not (folder / "encoding.json").is_file():
+        return from_model(folder)
+    try:
+        saved = json.loads((folder / "encoding.json").read_bytes())
+        lines = (folder / "ranks.tiktoken").read_bytes()
+        tokenizer = BytePairTokenizer(saved["name"], read_ranks(lines), saved["pattern"], saved["special_tokens"], saved["chat_template"])
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{folder}: this tokenizer is damaged ({error!r}): prepare the data again") from None
+    if tokenizer.fingerprint != saved["fingerprint"]:
+        raise DataError(f"{folder}: ranks.tiktoken is not the file that encoding.json was written with: prepare the data again")
+    return tokenizer

@@ -1,0 +1,144 @@
+"""Stage evaluate: did it work? Held-out text for every stage's model, held-out prompts for SFT against PPO.
+
+Both models answer the same prompts with the same sampling seeds. The answers are judged by the reward model, which PPO was
+trained to please, and by an independent scorer, which nobody was trained on. A gain that only the first one sees is not one.
+"""
+
+import gzip
+import lzma
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cluster.deadlines import wait
+from data.examples import Examples
+from data.packing import pack
+from data.shards import TokenShards
+from data.tokenizers import Tokenizer
+from data.tokenizers import load as load_tokenizer
+from rlhf.artefacts import write_json
+from rlhf.experience import Rollout, align, merge, responses
+from rlhf.graph import engines, open_graph
+from rlhf.models import Batch
+from rlhf.monitoring import Monitor, read_metrics
+from rlhf.ppo import Graph, generate
+from rlhf.pretrain import bits_per_byte, token_loss, windows
+from rlhf.recipe import Recipe
+from rlhf.roles import ReferenceWorker, RewardWorker
+from rlhf.scorers import SCORERS
+
+
+class JudgedModel(ReferenceWorker):
+    """A finished language model: log-probabilities of answers, bits per byte of held-out text, its weights."""
+
+    def held_out(self, shards: Path, length: int) -> dict[str, float]:
+        """Validation loss and bits per byte. All ranks compute all windows; a figure of a minute is not worth a plan."""
+        text = TokenShards(shards)
+        units = windows(text, length)
+        at_once = max(1, self.config.micro_batch // length)
+        sums = {"loss": 0.0, "count": 0.0}
+        for start in range(0, len(units.lengths), at_once):
+            samples = [s for i in range(start, min(start + at_once, len(units.lengths))) for s in units.get(i)]
+            batch = Batch.of(pack(samples), self.device)
+            with torch.no_grad():
+                sums["loss"] += float(token_loss(self.model, batch)[0])
+            sums["count"] += float(batch.weights.sum())
+        return bits_per_byte(sums, text, length)
+
+
+def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
+    """Start the two models, the reward model and the engines; measure; write `samples.json` for the report."""
+    data, models = inputs["data"].resolve(), {s: inputs[s].resolve() / "model" for s in ("sft", "reward", "ppo")}
+    tokenizer = load_tokenizer(data / "tokenizer")
+    shards, length = data / "pretrain" / "validation", recipe.pretrain.sequence_length
+    held_out = Examples(data / "prompts", "validation")
+    prompts = [held_out.column("prompt")[i].tolist() for i in range(min(recipe.evaluate.prompts, len(held_out)))]
+    seconds = recipe.cluster.deadline_s
+    roles = {
+        "rollout": engines(recipe, models["sft"], tokenizer),
+        "reference": (JudgedModel, (recipe, models["sft"])),
+        "policy": (JudgedModel, (recipe, models["ppo"])),
+        "reward": (RewardWorker, (recipe, models["reward"])),
+    }
+    with open_graph(recipe, roles) as graph:
+        loading = {name: ref for role in ("reference", "policy", "reward") for name, ref in graph[role].start("load").items()}
+        wait(loading | graph["rollout"].start("ready"), seconds, "load the models")
+        monitor.progress(1, 5, "held-out text")
+        text = {stage: graph[role].start("held_out", shards, length) for stage, role in (("sft", "reference"), ("ppo", "policy"))}
+        bits = {stage: next(iter(wait(refs, seconds, "held-out text").values())) for stage, refs in text.items()}
+        answers = {}
+        for i, (stage, role) in enumerate((("sft", "reference"), ("ppo", "policy"))):
+            monitor.progress(2 + i, 5, f"{len(prompts)} answers of the {stage} model")
+            answers[stage] = judge(graph, recipe, prompts, role, stage)
+    monitor.progress(4, 5, "figures")
+
+    monitor.result("pretrain_bits_per_byte", read_metrics(inputs["pretrain"])["pretrain/val_bits_per_byte"])
+    for stage, figures in bits.items():
+        monitor.result(f"{stage}_bits_per_byte", figures["val_bits_per_byte"])
+    for name, value in compressors(shards, tokenizer).items():
+        monitor.result(name, value)
+    scorer = SCORERS[recipe.evaluate.scorer]
+    texts = {stage: [tokenizer.decode(_spoken(ids, tokenizer)) for ids in responses(a[0])] for stage, a in answers.items()}
+    independent = {stage: np.array(scorer(t)) for stage, t in texts.items()}
+    (_, sft, _), (rollout, ppo, kl) = answers["sft"], answers["ppo"]
+    monitor.result("prompts", len(prompts))
+    monitor.result("sft_reward", float(sft.mean()))
+    monitor.result("ppo_reward", float(ppo.mean()))
+    monitor.result("reward_gain_sd", float((ppo.mean() - sft.mean()) / sft.std()))
+    monitor.result("kl_nats", float(kl.mean()))
+    monitor.result("independent_scorer", recipe.evaluate.scorer)
+    for stage, values in independent.items():
+        monitor.result(f"{stage}_independent", float(values.mean()))
+    monitor.result("independent_gain", float(independent["ppo"].mean() - independent["sft"].mean()))
+    monitor.result("response_tokens", float(rollout.response_lengths.mean()))
+    monitor.result("distinct_answers", len(set(texts["ppo"])) / len(prompts))
+    shown = range(min(recipe.evaluate.samples, len(prompts)))
+    write_json(
+        out / "samples.json",
+        [
+            {
+                "prompt": tokenizer.decode(prompts[i]),
+                **{stage: texts[stage][i] for stage in texts},
+                **{f"{stage}_reward": float(answers[stage][1][i]) for stage in texts},
+                **{f"{stage}_independent": float(independent[stage][i]) for stage in texts},
+            }
+            for i in shown
+        ],
+    )
+    monitor.progress(5, 5)
+
+
+def judge(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, stage: str) -> tuple[Rollout, np.ndarray, np.ndarray]:
+    """Let the engines answer with `role`'s weights: the answers, their rewards [n], their KL from the SFT model [n] in nats."""
+    seconds = recipe.cluster.deadline_s
+    weights = graph[role].start("weights")
+    wait(graph["rollout"].start("update_weights", stage, weights[f"{role}[0]"]), seconds, f"weights of {stage}")
+    rollouts = generate(graph, recipe, prompts, 0)
+    scoring = {name: graph[name].start(method, *rollouts) for name, method in _JUDGES}
+    found = {name: list(wait(refs, seconds, f"{stage}: {name}").values()) for name, refs in scoring.items()}
+    rollout = merge(list(wait({f"rollout[{i}]": ref for i, ref in enumerate(rollouts)}, seconds, "rollout").values()))
+    rewards = align(found["reward"], np.ones_like(rollout.index))
+    ours, reference = (align(found[name], rollout.response_lengths) for name in (role, "reference"))
+    ends = np.cumsum(rollout.response_lengths) - 1
+    kl = np.diff(np.cumsum((ours - reference).astype(np.float64))[ends], prepend=0.0)
+    return rollout, rewards, kl
+
+
+_JUDGES = (("policy", "log_probs"), ("reference", "log_probs"), ("reward", "scores"))
+
+
+def compressors(shards: Path, tokenizer: Tokenizer) -> dict[str, float]:
+    """Bits per byte of gzip -9 and xz -9 on the same held-out text: what a model has to beat."""
+    text = TokenShards(shards)
+    pieces = [text.window(i, 256)[0] for i in range(text.windows(256))]
+    raw = tokenizer.decode(np.concatenate(pieces).tolist()).encode()
+    return {
+        "gzip_bits_per_byte": 8 * len(gzip.compress(raw, 9)) / len(raw),
+        "xz_bits_per_byte": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
+    }
+
+
+def _spoken(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """An answer without the token that ended it."""
+    return [i for i in ids if i not in (tokenizer.end_of_turn, tokenizer.end_of_text)]

@@ -1,0 +1,147 @@
+"""The learner: model + optimizer + process group; packed batches in, one optimizer step and metrics out.
+
+    learner = Learner(LanguageModel(causal_lm), recipe.pretrain, steps=400)
+    metrics = learner.step([batch, batch], loss)     # micro-batches of this rank
+    learner.save(folder / "checkpoints", step=100)   # all ranks together
+
+The same learner is driven by Ray Train's workers (pretrain, sft, reward) and by the policy and critic actors of PPO.
+
+Order in which a model is prepared, and why:
+1. to the device, in fp32: master weights, so that small updates are not rounded away;
+2. FSDP over blocks, then over the root: parameters, gradients and optimizer states are sharded, matmuls run in
+   `hardware().dtype`, gradients are reduced in fp32. A single CPU process has nothing to shard and skips it;
+3. the optimizer last: it must see the sharded parameters.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from cluster import checkpoints
+from cluster.hardware import hardware
+from rlhf.errors import TrainingError
+from rlhf.models import Batch
+from rlhf.recipe import Optimizer
+
+# (model, micro-batch) -> (sum of the loss, further sums to report); the batch's weights say what the sum counts
+Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class Learner:
+    def __init__(self, model: nn.Module, config: Optimizer, steps: int, learning_rate: float | None = None) -> None:
+        """`steps` is the length of the schedule, `learning_rate` replaces the config's peak (PPO's critic has its own)."""
+        self.hardware = hardware()
+        self.config = config
+        self.steps = steps
+        self.peak = config.learning_rate if learning_rate is None else learning_rate
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.model = shard(model.to(self.hardware.device), self.world)
+        decay = [p for p in self.model.parameters() if p.ndim >= 2]
+        spare = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": spare, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=config.betas, eps=1e-8, fused=True)
+        self.taken = 0
+
+    def step(self, micro_batches: Sequence[Batch], loss: Loss) -> dict[str, float]:
+        """One optimizer step on this rank's micro-batches of a global batch.
+
+        Gradients are those of (sum of the loss over all ranks) / (count over all ranks). Every rank must bring the same
+        number of micro-batches. Returns `loss`, `grad_norm`, `learning_rate` and each further sum divided by the count.
+
+        Raises TrainingError when the loss or the gradient is not finite; the weights are then untouched.
+        """
+        self.model.train()
+        counts = [batch.weights.sum() for batch in micro_batches]
+        total = self._sum(torch.stack(counts).sum().double().reshape(1))[0].clamp(min=1e-9)
+        sums: dict[str, torch.Tensor] = {}
+        for batch in micro_batches:
+            value, further = loss(self.model, batch)
+            # FSDP averages gradients over the ranks, so a rank's share is multiplied by their number.
+            (value * (self.world / total.float())).backward()
+            for name, part in {"loss": value.detach(), **further}.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=part.device)) + part.double()
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+        means = dict(zip(sums, (self._sum(torch.stack(list(sums.values()))) / total).tolist(), strict=True))
+        if not (math.isfinite(grad_norm) and math.isfinite(means["loss"])):
+            raise TrainingError(
+                f"step {self.taken}: loss {means['loss']}, gradient norm {grad_norm}. The weights of the step before are kept; "
+                "lower learning_rate, or look at the data of this step"
+            )
+        rate = learning_rate(self.taken, self.steps, self.peak, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.taken += 1
+        return {**means, "grad_norm": grad_norm, "learning_rate": rate}
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch], loss: Loss) -> dict[str, float]:
+        """Sums over all ranks of the loss, of what it counts (`count`) and of the further sums; nothing is learned."""
+        self.model.eval()
+        sums: dict[str, torch.Tensor] = {}
+        for batch in micro_batches:
+            value, further = loss(self.model, batch)
+            for name, part in {"loss": value, "count": batch.weights.sum(), **further}.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=part.device)) + part.double()
+        return dict(zip(sums, self._sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write checkpoint `folder/step_N`, sharded over the ranks; only whole checkpoints ever get that name."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        checkpoints.save(folder, step, {"model": model, "optimizer": optimizer}, {"optimizer_steps": self.taken})
+
+    def load(self, folder: Path, step: int) -> None:
+        """Continue exactly where checkpoint `folder/step_N` was written, on any number of ranks."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        self.taken = checkpoints.load(folder, step, state)["optimizer_steps"]
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    def _sum(self, values: torch.Tensor) -> torch.Tensor:
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def shard(model: nn.Module, world: int) -> nn.Module:
+    """FSDP2 over the transformer blocks and the root; see the order at the top of this file."""
+    hw = hardware()
+    if world == 1 and not hw.is_gpu:
+        return model
+    mesh = dist.device_mesh.init_device_mesh(hw.device.type, (world,))
+    policy = MixedPrecisionPolicy(param_dtype=hw.dtype, reduce_dtype=torch.float32)
+    # Parameters are gathered again for the backward pass only where memory is scarce: a CPU's ranks share one memory anyway.
+    for block in model.inner.base_model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=hw.is_gpu)
+    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole model in transformers' names, fp32 on the CPU, tied tensors once. All ranks call it; rank 0 receives it."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    tied = set(getattr(model.inner, "all_tied_weights_keys", {}) or {})
+    return {name.removeprefix("inner."): t for name, t in state.items() if name.removeprefix("inner.") not in tied}
+
+
+def learning_rate(step: int, steps: int, peak: float, config: Optimizer) -> float:
+    """Linear warm-up from 0, then a cosine from the peak to `final_lr_fraction` of it at the last step."""
+    warmup = round(config.warmup_fraction * steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    floor = config.final_lr_fraction
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

@@ -1,0 +1,49 @@
+"""Losses: pure functions on tensors. Each returns a sum; the learner divides by the count over the whole global batch.
+
+A sum, because a mean over a micro-batch would weigh its tokens by how many neighbours they happen to have: with sums,
+8 samples at once equal 1 sample 8 times, and 1 worker equals 2.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def cross_entropy(log_probs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """-sum_t w_t log p_t, for log_probs and weights float32 [R]. In nats."""
+    return -(log_probs * weights).sum()
+
+
+def pairwise_ranking(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """-sum log sigmoid(r_chosen - r_rejected), for rewards float32 [P] each. Ouyang et al. 2022, arXiv:2203.02155, eq. 1."""
+    return -F.logsigmoid(chosen - rejected).sum()
+
+
+def clipped_policy(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate, sum_t max(-rho_t A_t, -clip(rho_t, 1 - e, 1 + e) A_t). Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+
+    All inputs float32 [R] over response tokens; rho = exp(log_probs - old_log_probs), the exponent kept within +-20 so
+    that one absurd token cannot make an infinity. Returns (loss sum, number of clipped tokens, sum of the k3 estimates of
+    KL(old || new)): the second and third are metrics and carry no gradient.
+    """
+    delta = (log_probs - old_log_probs).clamp(-20.0, 20.0)
+    ratio = delta.exp()
+    plain = -ratio * advantages
+    clipped = -ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    with torch.no_grad():
+        clipped_tokens = (clipped > plain).float().sum()
+        moved = (ratio - 1 - delta).sum()
+    return torch.maximum(plain, clipped).sum(), clipped_tokens, moved
+
+
+def clipped_value(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """0.5 sum_t max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2). Engstrom et al. 2020, arXiv:2005.12729.
+
+    All inputs float32 [R] over response tokens. Returns (loss sum, number of clipped tokens).
+    """
+    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    plain, clipped = (values - returns).square(), (near - returns).square()
+    return 0.5 * torch.maximum(plain, clipped).sum(), (clipped > plain).float().sum().detach()

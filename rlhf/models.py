@@ -1,0 +1,201 @@
+"""Models: transformers directories in, two small wrappers around them, transformers directories out.
+
+    lm = LanguageModel(new_causal_lm(recipe.model, vocab_size=4096, seed=0))
+    log_probs = lm(batch)                       # [R], of the R tokens of the batch that count
+    rm = ScalarModel(load_reward_model(path))
+    values = rm(batch)                          # [T], one number per token
+
+A wrapper's forward holds the whole computation, output layer included, so that FSDP may shard it as one root and the
+`[tokens, vocabulary]` logits are never kept for a whole batch.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from data.packing import PackedBatch
+from data.tokenizers import Tokenizer
+from rlhf.attention import PACKED, Segments
+from rlhf.errors import RecipeError
+from rlhf.recipe import Model
+
+# Rows of logits alive at once: 2048 x 4096 fp32 = 32 MiB here, 2048 x 128k bf16 = 512 MiB on a GPU.
+LOGIT_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A `data.packing.PackedBatch` as tensors on the compute device."""
+
+    tokens: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [T], from 0 in every segment
+    segments: Segments
+    rows: torch.Tensor  # int64 [R]: the tokens that count; never the first of a segment
+    weights: torch.Tensor  # float32 [R]: how much each of them counts
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def last(self) -> torch.Tensor:
+        """int64 [n]: the last token of every segment."""
+        return self.segments.ends[1:].long() - 1
+
+    @classmethod
+    def of(cls, packed: PackedBatch, device: torch.device) -> "Batch":
+        weights = torch.from_numpy(packed.weights)
+        rows = weights.nonzero()[:, 0]
+        return cls(
+            torch.from_numpy(packed.tokens).to(device),
+            torch.from_numpy(packed.positions).to(device),
+            Segments.of(packed.lengths, device),
+            rows.to(device),
+            weights[rows].to(device),
+            {name: torch.as_tensor(value).to(device) for name, value in packed.extras.items()},
+        )
+
+
+class LanguageModel(nn.Module):
+    """A transformers causal LM that answers with the log-probabilities of a packed batch's counted tokens."""
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner = causal_lm
+
+    def forward(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+        """log p(tokens[r] | its segment before r) for r in batch.rows: float32 [R], of the distribution at `temperature`."""
+        hidden = hidden_states(self.inner, batch)
+        return log_probs(hidden[batch.rows - 1], self.inner.get_output_embeddings(), batch.tokens[batch.rows], temperature)
+
+
+class ScalarModel(nn.Module):
+    """A transformers sequence or token classifier with one label: a reward or a value for every token."""
+
+    def __init__(self, classifier: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner = classifier
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """float32 [T]. The reward of a segment is its last token's; the value of a state is its token's."""
+        hidden = hidden_states(self.inner, batch)
+        return self.inner.score(hidden)[:, 0].float()
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """The last hidden states of a packed batch, [T, hidden]."""
+    out = model.base_model(
+        input_ids=batch.tokens[None], position_ids=batch.positions[None], segments=batch.segments, use_cache=False
+    )
+    return out.last_hidden_state[0]
+
+
+def log_probs(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(head(hidden) / temperature)[targets], float32 [R], for hidden [R, d] and targets int64 [R].
+
+    At most LOGIT_ROWS rows of logits exist at once: more rows than that are taken in chunks whose logits are computed
+    again for the backward pass.
+    """
+
+    def some(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        logits = head(h).float()
+        if temperature != 1.0:
+            logits = logits / temperature
+        return -F.cross_entropy(logits, t, reduction="none")
+
+    if len(targets) <= LOGIT_ROWS or not torch.is_grad_enabled():
+        return torch.cat([some(h, t) for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)])
+    chunks = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+    return torch.cat([checkpoint(some, h, t, use_reentrant=False) for h, t in chunks])
+
+
+def new_causal_lm(model: Model, vocab_size: int, end_of_text: int, seed: int) -> PreTrainedModel:
+    """A fresh Llama of the recipe's sizes; the same seed gives the same weights in every process."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        max_position_embeddings=model.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+        attn_implementation=PACKED,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def load_causal_lm(path: str | Path) -> PreTrainedModel:
+    """Open a model directory for language modelling, in fp32 master weights."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=PACKED, use_safetensors=True)
+
+
+def load_reward_model(path: str | Path, seed: int = 0) -> PreTrainedModel:
+    """Open a model directory as a reward model (`*ForSequenceClassification`); a missing head starts at zero."""
+    return _with_scalar_head(AutoModelForSequenceClassification, path)
+
+
+def load_critic(path: str | Path) -> PreTrainedModel:
+    """Open a model directory as a critic (`*ForTokenClassification`); a reward model's head is taken over."""
+    return _with_scalar_head(AutoModelForTokenClassification, path)
+
+
+def _with_scalar_head(factory: Any, path: str | Path) -> PreTrainedModel:
+    model, info = factory.from_pretrained(
+        path,
+        num_labels=1,
+        dtype=torch.float32,
+        attn_implementation=PACKED,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    head = model.score
+    missing = set(info["missing_keys"])
+    if "score.weight" in missing:
+        # From zero all answers start equal and no seed decides which one leads.
+        nn.init.zeros_(head.weight)
+    if "score.bias" in missing or ("score.weight" in missing and head.bias is not None):
+        nn.init.zeros_(head.bias)
+    others = {name for name in missing if not name.startswith("score.")}
+    if others:
+        raise RecipeError(f"{path}: weights are missing: {', '.join(sorted(others)[:5])}")
+    return model
+
+
+def check_vocabulary(path: str | Path, tokenizer: Tokenizer) -> None:
+    """A tokenizer must not know more ids than the model has rows for.
+
+    Raises RecipeError naming both sizes.
+    """
+    rows = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    if tokenizer.vocab_size > rows:
+        raise RecipeError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids but the model only {rows} embedding rows; "
+            "use tokenizer.encoding=model, or a model made for this tokenizer"
+        )
+
+
+def save_model(model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: Tokenizer, out: Path) -> None:
+    """Write `out` as transformers and vLLM expect it: config.json, model.safetensors, tokenizer.json, chat template."""
+    out.mkdir(parents=True, exist_ok=True)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.end_of_turn
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.end_of_text
+    model.save_pretrained(out, state_dict=state)
+    tokenizer.save(out)

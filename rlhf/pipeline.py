@@ -1,0 +1,259 @@
+"""The line of stages: data -> pretrain -> sft -> reward -> ppo -> evaluate.
+
+    run(recipe)                       # make what is not made, resume what is half made, skip the rest
+    run(recipe, only="sft")           # this stage alone; what it needs must be there
+    run(recipe, start="reward")       # this stage and all after it
+
+A stage is a function `run(recipe, inputs, out, monitor)`: it reads its parents' directories, writes into `out`, which may hold
+its own checkpoints from an earlier try, and reports figures to the monitor. Hashes, markers and the order are kept here.
+"""
+
+import importlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cluster.connect import connect
+from data.files import write_json
+from rlhf import artefacts, preflight, recipe_file
+from rlhf.artefacts import PARENTS, STAGES, Identity
+from rlhf.errors import RecipeError
+from rlhf.monitoring import Monitor, console, read_metrics, say
+from rlhf.recipe import Recipe
+
+StageFunction = Callable[[Recipe, dict[str, Path], Path, Monitor], None]
+
+# The figures that tell how a stage went, on its one line; names as in summary.json.
+TELLING = (
+    "data/train_tokens",
+    "data/bytes_per_token",
+    "pretrain/val_bits_per_byte",
+    "sft/val_loss",
+    "reward/pair_accuracy",
+    "ppo/reward_mean",
+    "ppo/log_prob_gap_max",
+    "evaluate/reward_gain_sd",
+    "evaluate/kl_nats",
+    "evaluate/independent_gain",
+)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, treated like ctrl-C: by Ray, by the stages, and by whoever waits for us."""
+
+
+def stage_function(stage: str) -> StageFunction:
+    """The stage's `run`. Imported only when it has to run: torch and vLLM take seconds."""
+    module = importlib.import_module("rlhf.stage_data" if stage == "data" else f"rlhf.{stage}")
+    function: StageFunction = module.run
+    return function
+
+
+def run(
+    recipe: Recipe,
+    only: str | None = None,
+    start: str | None = None,
+    function_of: Callable[[str], StageFunction] = stage_function,
+) -> Path:
+    """Carry out the recipe's stages and return the run's directory.
+
+    Raises RecipeError before anything starts when the recipe cannot work, when another driver holds this run, or when
+    `only` / `start` need an earlier stage that is not up to date; DataError and ClusterError as the stages find them.
+    """
+    chosen = choose(only, start)
+    preflight.check(recipe)
+    run_dir = run_directory(recipe)
+    with artefacts.lock(run_dir), _raising_on_sigterm():
+        identities = artefacts.identities(recipe, outside_inputs(recipe))
+        _require_made(run_dir, identities, chosen)
+        (run_dir / "recipe.yaml").write_text(recipe_file.resolved(recipe), encoding="utf-8")
+        say(f"{recipe.name}  ->  {_shown(run_dir)}", style="bold")
+
+        def carry_out() -> list[str]:
+            return [stage for stage in chosen if _bring_up(stage, recipe, run_dir, identities[stage], function_of)]
+
+        if all(artefacts.state(run_dir / s, identities[s]) == "made" for s in chosen):
+            ran = carry_out()  # nothing to run: no need to wait for Ray
+        else:
+            with connect(recipe.cluster.address), _raising_on_sigterm():  # Ray sets a handler of its own when it starts
+                # The cluster is known now and nothing runs on it yet: what the recipe asks for is compared with it here.
+                ran = carry_out()
+        write_summary(run_dir)
+        _finish(run_dir, ran)
+    return run_dir
+
+
+def choose(only: str | None = None, start: str | None = None) -> tuple[str, ...]:
+    """The stages to bring up to date, in order."""
+    for name in (only, start):
+        if name is not None and name not in STAGES:
+            raise RecipeError(f"there is no stage {name!r}; the stages are {', '.join(STAGES)}")
+    if only is not None and start is not None:
+        raise RecipeError("--only and --from exclude each other: one stage, or one stage and all after it")
+    if only is not None:
+        return (only,)
+    return STAGES[STAGES.index(start) :] if start else STAGES
+
+
+def run_directory(recipe: Recipe) -> Path:
+    """Absolute, since workers have working directories of their own."""
+    return Path(recipe.runs_dir).expanduser().absolute() / recipe.name
+
+
+def outside_inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Digests of what the stages read from outside the run: the sources, and the model that training starts from."""
+    from rlhf.stage_data import source_digest
+
+    data = recipe.data
+    sources = dict.fromkeys([*data.pretrain, *data.sft, *data.preferences, *data.prompts])
+    found: dict[str, dict[str, str]] = {"data": {s: source_digest(s) for s in sources}}
+    if recipe.model.init is not None:
+        model = Path(recipe.model.init).expanduser()
+        found["pretrain"] = {"model.init": artefacts.digest(model)}
+        if recipe.tokenizer.encoding == "model":
+            names = [n for n in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja") if (model / n).exists()]
+            found["data"] |= {f"model.init/{n}": artefacts.digest(model / n) for n in names}
+    return found
+
+
+def write_summary(run_dir: Path) -> None:
+    """summary.json: every stage's figures under `stage/name`, its `stage/wall_seconds`, and their sum `wall_seconds`."""
+    summary: dict[str, Any] = {}
+    total = 0.0
+    for stage in STAGES:
+        manifest = artefacts.read_json(run_dir / stage / "manifest.json")
+        if manifest is not None:
+            summary |= read_metrics(run_dir / stage)
+            summary[f"{stage}/wall_seconds"] = manifest["wall_seconds"]
+            total += manifest["wall_seconds"]
+    summary["wall_seconds"] = round(total, 3)
+    write_json(run_dir / "summary.json", summary)
+
+
+# ------------------------------------------------------------------------------------------------ one stage
+
+
+def _bring_up(stage: str, recipe: Recipe, run_dir: Path, identity: Identity, function_of: Callable[[str], StageFunction]) -> bool:
+    """Make one stage unless it is made; whether it had to run."""
+    out = run_dir / stage
+    before = artefacts.read_json(out / "manifest.json")
+    found = artefacts.prepare(out, identity)
+    if found == "made":
+        manifest = artefacts.read_json(out / "manifest.json") or {}
+        made = datetime.fromisoformat(manifest["made_at"]).strftime("%d %b %H:%M")
+        _line("green", "=", stage, "up to date", f"made {made} of {identity.hash[:8]}", figures(run_dir, stage))
+        return False
+    if found == "half":
+        _line("yellow", ">", stage, "resuming", "from its last checkpoint")
+    elif before is not None:
+        reasons = artefacts.difference(before, identity)
+        _line("yellow", ">", stage, "again", ", ".join(reasons[:3]) + (f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""))
+    elif not console.is_terminal:  # on a terminal the live line says so
+        _line("yellow", ">", stage, "running")
+
+    inputs = {parent: run_dir / parent for parent in PARENTS[stage]}
+    since = time.monotonic()
+    monitor = Monitor(stage, out)
+    try:
+        function_of(stage)(recipe, inputs, out, monitor)
+    except KeyboardInterrupt:
+        monitor.close()
+        _line("yellow", "x", stage, "stopped", f"after {duration(time.monotonic() - since)}")
+        raise
+    finally:
+        monitor.close()
+    seconds = time.monotonic() - since
+    artefacts.commit(out, identity, seconds)
+    _line("green", "+", stage, duration(seconds), figures(run_dir, stage))
+    return True
+
+
+def _require_made(run_dir: Path, identities: dict[str, Identity], chosen: tuple[str, ...]) -> None:
+    """Stages that the chosen ones read but that are not chosen themselves must be whole and up to date."""
+    needed = [s for s in STAGES if s not in chosen and any(s in PARENTS[c] for c in chosen)]
+    wrong = []
+    for stage in needed:
+        found = artefacts.state(run_dir / stage, identities[stage])
+        if found == "other":
+            before = artefacts.read_json(run_dir / stage / "manifest.json") or {}
+            wrong.append(f"{stage} is out of date ({', '.join(artefacts.difference(before, identities[stage])[:3])})")
+        elif found != "made":
+            wrong.append(f"{stage} is {'only half made' if found == 'half' else 'not made yet'}")
+    if wrong:
+        raise RecipeError(f"{chosen[0]} needs what is not there: {'; '.join(wrong)}. Run without --only and --from to make it.")
+
+
+def figures(run_dir: Path, stage: str) -> str:
+    """The telling figures of a made stage as `name value, name value`; when it has none of those, its first three."""
+    metrics = read_metrics(run_dir / stage)
+    names = [n for n in TELLING if n in metrics] or list(metrics)[:3]
+    return ", ".join(f"{n.removeprefix(stage + '/')} {_number(metrics[n])}" for n in names)
+
+
+# ------------------------------------------------------------------------------------------------ the console
+
+
+def _finish(run_dir: Path, ran: list[str]) -> None:
+    """The report, and where to go from here."""
+    from rlhf.report import write
+
+    report = run_dir / "report.html"
+    if ran or not report.exists():
+        report = write(run_dir)
+    now = artefacts.code_version()["packages"]
+    manifests = {s: artefacts.read_json(run_dir / s / "manifest.json") or {} for s in STAGES}
+    stale = [s for s, m in manifests.items() if m and m["code"]["packages"] != now]
+    if stale:
+        say(f"  note: the code has changed since {', '.join(stale)} ran; remove {_shown(run_dir / stale[0])} to make it and what follows again")
+    total = sum(m.get("wall_seconds", 0.0) for m in manifests.values())
+    done = f"done, {duration(total)} of work" if ran else "nothing to do: every stage is up to date"
+    say(f"{done}  ->  {_shown(report)}", style="bold")
+    if manifests["ppo"]:
+        say(f"  talk to it:  roundhouse chat {_shown(run_dir)}        curves:  tensorboard --logdir {_shown(run_dir)}")
+
+
+def _line(colour: str, sign: str, stage: str, head: str, *rest: str) -> None:
+    """`+ pretrain   2 min 41 s    val_bits_per_byte 1.74`; the sign is for eyes without colours."""
+    marks = {"+": "✓", "=": "✓", ">": "▸", "x": "✗"}
+    tail = "   ".join(r for r in rest if r)
+    if console.is_terminal:
+        console.print(f"[{colour}]{marks[sign]}[/] [bold]{stage:<9}[/] {head:<11} ", end="")
+        console.print(tail, style="dim", markup=False, soft_wrap=True)
+    else:
+        say(f"{marks[sign]} {stage:<9} {head:<11} {tail}".rstrip())
+
+
+def duration(seconds: float) -> str:
+    """`8.1 s`, `2 min 41 s`, `3 h 12 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _number(value: float | int | str) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _shown(path: Path) -> str:
+    """Relative when it lies below the working directory, as one would type it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises Terminated in the main thread, so that `with` and `finally` blocks run as they do for ctrl-C."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

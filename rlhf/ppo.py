@@ -1,0 +1,175 @@
+"""Stage ppo: policy, reference, reward, critic and vLLM engines, each a group of its own, improve the policy together.
+
+    prompts -> [engines] -> rollouts -> [reference] [reward] [critic] [policy: old log-probs]
+            -> advantages -> [policy step] [critic step] -> weights -> [engines] -> gate
+
+`ppo_step` is the whole algorithm on one screen. The controller holds references to what the roles made and a few numbers;
+tensors go from role to role through Ray's object store.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ray import ObjectRef
+
+from cluster import checkpoints
+from cluster.deadlines import wait
+from cluster.groups import Group
+from data.examples import Examples
+from data.order import batch_indices
+from data.tokenizers import load as load_tokenizer
+from rlhf.errors import TrainingError
+from rlhf.experience import align, merge
+from rlhf.graph import engines, open_graph
+from rlhf.monitoring import Monitor
+from rlhf.recipe import Recipe
+from rlhf.roles import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
+
+Graph = dict[str, Group]
+Prompts = list[list[int]]
+
+PROBES, PROBE_TOKENS = 4, 8  # what every engine writes after each sync, for the gate
+
+
+def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> dict[str, float]:
+    """One rollout, its scores, `ppo.epochs` passes over it, new weights in the engines, proof that they arrived."""
+    policy, reference, reward, critic = (graph[role] for role in ("policy", "reference", "reward", "critic"))
+    seconds, now = recipe.cluster.deadline_s, f"PPO step {step}"
+
+    rollouts = generate(graph, recipe, prompts, step)
+
+    scores = {  # all four at once: each has its own CPUs or GPUs
+        "log_probs": policy.start("log_probs", *rollouts),
+        "ref_log_probs": reference.start("log_probs", *rollouts),
+        "rewards": reward.start("scores", *rollouts),
+        "values": critic.start("values", *rollouts),
+    }
+    for name, refs in scores.items():
+        wait(refs, seconds, f"{now}: {name}")
+
+    parts = {name: list(refs.values()) for name, refs in scores.items()}
+    experience, facts = critic.actors[0].experience.options(num_returns=2).remote(rollouts, parts)
+    metrics = wait({"critic[0]": facts}, seconds, f"{now}: advantages")["critic[0]"]
+    refuse_gap(metrics["log_prob_gap"], recipe, f"{now}: the rollout")
+
+    updates = policy.start("update", experience, step) | critic.start("update", experience, step)
+    learned = wait(updates, seconds, f"{now}: update")
+    metrics |= {f"policy_{name}": value for name, value in learned["policy[0]"].items()}
+    metrics |= {f"critic_{name}": value for name, value in learned["critic[0]"].items()}
+
+    sync_weights(graph, recipe, version=f"step-{step + 1}")
+    metrics["sync/log_prob_gap"] = gate(graph, recipe, prompts[:PROBES], step)
+    return metrics
+
+
+def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
+    """Start the graph, resume where the last checkpoint stands, step, export the policy."""
+    config, data = recipe.ppo, inputs["data"]
+    tokenizer = load_tokenizer(data / "tokenizer")
+    prompts = Examples(data / "prompts", "train")
+    seconds, folder = recipe.cluster.deadline_s, out.resolve() / "checkpoints"
+    sft, reward_model = (inputs[stage].resolve() / "model" for stage in ("sft", "reward"))
+    updates = config.steps * config.epochs * -(-config.rollout_batch // config.global_batch)
+    roles = {
+        "rollout": engines(recipe, sft, tokenizer),
+        "policy": (PolicyWorker, (recipe, sft)),
+        "reference": (ReferenceWorker, (recipe, sft)),
+        "reward": (RewardWorker, (recipe, reward_model)),
+        "critic": (CriticWorker, (recipe, reward_model)),
+    }
+    with open_graph(recipe, roles) as graph:
+        loading = graph["reference"].start("load") | graph["reward"].start("load")
+        for role in ("policy", "critic"):
+            loading |= graph[role].start("load", updates, folder / role)
+        wait(loading | graph["rollout"].start("ready"), seconds, "load the models")
+
+        start = max(checkpoints.steps(folder / "policy") & checkpoints.steps(folder / "critic"), default=0)
+        if start:
+            wait(graph["policy"].start("resume", start) | graph["critic"].start("resume", start), seconds, "resume")
+        sync_weights(graph, recipe, version=f"step-{start}")
+
+        for step in range(start, config.steps):
+            ids = batch_indices(recipe.seed, step, config.rollout_batch, len(prompts), prompts.manifest_hash)
+            batch = [prompts.column("prompt")[i].tolist() for i in ids]
+            metrics = ppo_step(graph, recipe, batch, step)
+            done = step + 1
+            monitor.log(done, metrics)
+            monitor.progress(done, config.steps, f"reward {metrics['reward']:.3f}  kl {metrics['kl']:.2f}")
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                wait(graph["policy"].start("save", done) | graph["critic"].start("save", done), seconds, "save")
+        wait(graph["policy"].start("export", out.resolve() / "model", data.resolve() / "tokenizer"), seconds, "export")
+    for name, value in totals(out).items():
+        monitor.result(name, value)
+
+
+def generate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> list[ObjectRef]:
+    """References to one rollout per engine. Prompts go round the engines; a sample's seed is arithmetic, so who writes it
+    changes nothing."""
+    actors, config = graph["rollout"].actors, recipe.ppo
+    rollouts = {}
+    for rank, actor in enumerate(actors[: len(prompts)]):
+        index = list(range(rank, len(prompts), len(actors)))
+        seeds = [sample_seed(recipe.seed, step * len(prompts) + i) for i in index]
+        mine = [prompts[i] for i in index]
+        rollouts[f"rollout[{rank}]"] = actor.generate.remote(index, mine, seeds, config.max_response_tokens, config.temperature)
+    wait(rollouts, recipe.cluster.deadline_s, f"PPO step {step}: rollout")
+    return list(rollouts.values())
+
+
+def sample_seed(seed: int, number: int) -> int:
+    """The sampling seed of the run's sample `number`; runs with neighbouring seeds share none."""
+    return (seed * 1_000_000_007 + number) % 2**31
+
+
+def sync_weights(graph: Graph, recipe: Recipe, version: str) -> None:
+    """Policy -> object store -> every engine. All ranks of a sharded policy gather, rank 0's copy is sent."""
+    weights = graph["policy"].start("weights")
+    arrived = graph["rollout"].start("update_weights", version, weights["policy[0]"])
+    wait(arrived, recipe.cluster.deadline_s, f"weights of {version}")
+
+
+def gate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> float:
+    """Do engines and policy agree? Every engine answers a few prompts; its log-probabilities against the policy's.
+
+    Returns the largest difference in nats. Raises TrainingError above `ppo.log_prob_gap_limit`.
+    """
+    seconds, gaps = recipe.cluster.deadline_s, []
+    seeds = [sample_seed(recipe.seed, -1 - i) for i in range(len(prompts))]
+    for rank, engine in enumerate(graph["rollout"].actors):
+        answers = engine.generate.remote(range(len(prompts)), prompts, seeds, PROBE_TOKENS, recipe.ppo.temperature)
+        checked = wait(graph["policy"].start("log_probs", answers), seconds, f"gate of rollout[{rank}]")
+        rollout = merge(list(wait({f"rollout[{rank}]": answers}, seconds, "gate").values()))
+        ours = align(list(checked.values()), rollout.response_lengths)
+        gaps.append(float(np.abs(ours - rollout.log_probs).max()))
+        refuse_gap(gaps[-1], recipe, f"PPO step {step}: rollout[{rank}] after the weight sync")
+    return max(gaps)
+
+
+def refuse_gap(gap: float, recipe: Recipe, where: str) -> None:
+    """Raises TrainingError when `gap` is not within the limit: training on such samples would go wrong silently."""
+    limit = recipe.ppo.log_prob_gap_limit or (0.2 if recipe.ppo.groups.policy.gpus else 1e-3)
+    if not gap <= limit:  # NaN is refused too
+        raise TrainingError(
+            f"{where}: engine and policy differ by {gap:.2g} nats per token, more than {limit:g} (ppo.log_prob_gap_limit). "
+            "The engine does not run the policy's weights. The last checkpoint stands"
+        )
+
+
+def totals(out: Path) -> dict[str, float]:
+    """The run's final figures, read from its curves: they are whole even when the run was resumed."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = rows[-max(1, len(rows) // 10) :]
+
+    def column(name: str, of: Sequence[dict[str, float]]) -> list[float]:
+        return [row[name] for row in of]
+
+    gaps = column("ppo/log_prob_gap", rows) + column("sync/log_prob_gap", rows)
+    return {
+        "steps": len(rows),
+        "log_prob_gap_max": max(gaps),
+        "reward_first": rows[0]["ppo/reward"],
+        "reward_last": float(np.mean(column("ppo/reward", last))),
+        "kl_last": float(np.mean(column("ppo/kl", last))),
+    }

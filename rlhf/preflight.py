@@ -1,0 +1,98 @@
+"""Everything that can be checked before any process starts: minutes of work should not end in a message that was due at once.
+
+    check(recipe)                  # sources and directories were looked for when the recipe was loaded
+
+What needs a running cluster (are there enough CPUs and GPUs for every group?) is checked right after connecting.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import RecipeError
+from rlhf.recipe import Recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Raises RecipeError listing everything that would stop a later stage."""
+    problems = _runs_dir_problems(recipe)
+    if recipe.model.init is not None:
+        problems += _model_problems(recipe, Path(recipe.model.init).expanduser())
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def _runs_dir_problems(recipe: Recipe) -> list[str]:
+    """The first folder of runs_dir that exists must let us write into it."""
+    folder = Path(recipe.runs_dir).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        return [f"runs_dir: {folder} is a file, not a folder"]
+    return [] if os.access(folder, os.W_OK) else [f"runs_dir: cannot write into {folder}; set runs_dir to a folder of yours"]
+
+
+def _model_problems(recipe: Recipe, model: Path) -> list[str]:
+    """A transformers directory must hold config, weights and tokenizer, and the recipe must fit what its config says."""
+    problems = []
+    if not (model / "config.json").is_file():
+        problems.append(f"model.init: {model} has no config.json; it should be a directory that transformers saved")
+    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    if not any((model / name).is_file() for name in weights):
+        problems.append(f"model.init: {model} has no weights (model.safetensors or model.safetensors.index.json)")
+    if recipe.tokenizer.encoding == "model" and not (model / "tokenizer.json").is_file():
+        problems.append(f"model.init: {model} has no tokenizer.json; save the tokenizer beside the model, or set tokenizer.encoding")
+    if problems:
+        return problems
+    config = _json(model / "config.json")
+    config = config.get("text_config", config)  # models that also see nest their language part
+    return _length_problems(recipe, config) + _vocabulary_problems(recipe, model, config)
+
+
+def _length_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
+    limit = config.get("max_position_embeddings")
+    lengths = {
+        "pretrain.sequence_length": recipe.pretrain.sequence_length,
+        "sft.max_tokens": recipe.sft.max_tokens,
+        "reward.max_tokens": recipe.reward.max_tokens,
+        "ppo.max_prompt_tokens + ppo.max_response_tokens": recipe.ppo.max_prompt_tokens + recipe.ppo.max_response_tokens,
+    }
+    return [f"{k} = {n} is longer than the {limit} positions of {recipe.model.init}" for k, n in lengths.items() if limit and n > limit]
+
+
+def _vocabulary_problems(recipe: Recipe, model: Path, config: dict[str, Any]) -> list[str]:
+    """An id beyond the embedding would crash training and wedge the rollout engine."""
+    rows = config.get("vocab_size")
+    size = _vocabulary(recipe, model)
+    if rows is None or size <= rows:
+        return []
+    return [
+        f"tokenizer.encoding = {recipe.tokenizer.encoding} has {size} tokens, but {model} has embeddings for {rows} only; "
+        "use tokenizer.encoding: model, or a model with a larger vocabulary"
+    ]
+
+
+def _vocabulary(recipe: Recipe, model: Path) -> int:
+    """Highest token id + 1, special tokens included."""
+    encoding = recipe.tokenizer.encoding
+    if encoding == "train":
+        return recipe.tokenizer.vocab_size
+    if encoding == "model":
+        content = _json(model / "tokenizer.json")
+        vocab = content.get("model", {}).get("vocab", {})
+        ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))  # Unigram keeps a list
+        return max([*ids, *(t["id"] for t in content.get("added_tokens", []))], default=-1) + 1
+    from data.tokenizers import named
+
+    return named(encoding, Path(recipe.data.cache_dir).expanduser()).vocab_size
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path} is broken: {error}") from None
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path} is broken: it should hold a JSON object")
+    return value

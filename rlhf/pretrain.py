@@ -1,0 +1,74 @@
+"""Stage pretrain: learn to predict the text of the corpus, from scratch or from a model directory.
+
+    roundhouse run recipes/quickstart.yaml --only pretrain
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from data.packing import Sample
+from data.shards import TokenShards
+from data.tokenizers import load as load_tokenizer
+from rlhf.losses import cross_entropy
+from rlhf.models import Batch, LanguageModel, check_vocabulary, load_causal_lm, new_causal_lm
+from rlhf.monitoring import Monitor
+from rlhf.recipe import Recipe
+from rlhf.training import Task, Unit, Units, train
+
+
+def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
+    train("pretrain", recipe, inputs, out, monitor)
+
+
+def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
+    folder = inputs["data"] / "pretrain"
+    length = recipe.pretrain.sequence_length
+    train_shards, held_out = TokenShards(folder / "train"), TokenShards(folder / "validation")
+    tokenizer = load_tokenizer(inputs["data"] / "tokenizer")
+
+    def model() -> nn.Module:
+        if recipe.model.init is None:
+            return LanguageModel(new_causal_lm(recipe.model, tokenizer.vocab_size, tokenizer.end_of_text, recipe.seed))
+        check_vocabulary(recipe.model.init, tokenizer)
+        return LanguageModel(load_causal_lm(recipe.model.init))
+
+    return Task(
+        model=model,
+        train=windows(train_shards, length),
+        validation=windows(held_out, length),
+        loss=token_loss,
+        figures=lambda sums: bits_per_byte(sums, held_out, length),
+        steps=recipe.pretrain.steps,
+    )
+
+
+def windows(shards: TokenShards, length: int) -> Units:
+    """The token stream in windows of `length`; documents within one are segments of their own."""
+
+    def window(i: int) -> Unit:
+        tokens, lengths = shards.window(i, length)
+        return [Sample(tokens, np.ones(length, np.float32), lengths=lengths)]
+
+    return Units([length] * shards.windows(length), window, shards.manifest_hash)
+
+
+def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Cross-entropy of the counted tokens; pretraining counts all, fine-tuning the assistant's."""
+    return cross_entropy(model(batch), batch.weights), {}
+
+
+def bits_per_byte(sums: dict[str, float], shards: TokenShards, length: int) -> dict[str, float]:
+    """Validation loss in nats per predicted token, and bits per UTF-8 byte of the held-out text.
+
+    The first token of a segment has nothing before it and is not predicted: it is charged log2(vocabulary) bits, so that
+    short windows look no better than they are.
+    """
+    tokens = shards.windows(length) * length
+    guessed = tokens - sums["count"]
+    bits = sums["loss"] / math.log(2) + guessed * math.log2(shards.vocab_size)
+    text_bytes = shards.bytes_of_text * tokens / shards.tokens
+    return {"val_loss": sums["loss"] / sums["count"], "val_bits_per_byte": bits / text_bytes}

@@ -1,0 +1,62 @@
+"""Stage reward: learn which of two answers people prefer. The SFT model gets a scalar head instead of its vocabulary.
+
+    roundhouse run recipes/quickstart.yaml --only reward
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from data.examples import Examples
+from data.packing import Sample
+from rlhf.losses import pairwise_ranking
+from rlhf.models import Batch, ScalarModel, load_reward_model
+from rlhf.monitoring import Monitor
+from rlhf.recipe import Recipe
+from rlhf.training import Task, Unit, Units, train
+
+
+def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
+    train("reward", recipe, inputs, out, monitor)
+
+
+def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
+    comparisons = Examples(inputs["data"] / "preferences", "train")
+    return Task(
+        model=lambda: ScalarModel(load_reward_model(inputs["sft"] / "model")),
+        train=units(comparisons),
+        validation=units(Examples(inputs["data"] / "preferences", "validation")),
+        loss=ranking_loss,
+        figures=lambda sums: {"val_loss": sums["loss"] / sums["count"], "pair_accuracy": sums["accuracy"] / sums["count"]},
+        steps=math.ceil(recipe.reward.epochs * len(comparisons) / recipe.reward.global_batch),
+    )
+
+
+def units(comparisons: Examples) -> Units:
+    """A comparison is two segments, chosen first; each one's last token counts half, so that weights count comparisons."""
+    prompt, chosen, rejected = (comparisons.column(name) for name in ("prompt", "chosen", "rejected"))
+
+    def comparison(i: int) -> Unit:
+        return [_scored(np.concatenate([prompt[i], answer[i]])) for answer in (chosen, rejected)]
+
+    lengths = [2 * p + c + r for p, c, r in zip(prompt.lengths, chosen.lengths, rejected.lengths, strict=True)]
+    return Units(lengths, comparison, comparisons.manifest_hash)
+
+
+def _scored(tokens: np.ndarray) -> Sample:
+    weights = np.zeros(len(tokens), np.float32)
+    weights[-1] = 0.5
+    return Sample(tokens, weights)
+
+
+def ranking_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    rewards = model(batch)[batch.last]
+    chosen, rejected = rewards[0::2], rewards[1::2]
+    counts = float(len(batch.rows) > 0)  # an idle rank's comparison is computed, for the others' sake, and counts nothing
+    return counts * pairwise_ranking(chosen, rejected), {
+        "accuracy": counts * (chosen > rejected).float().sum(),
+        "margin": counts * (chosen - rejected).detach().sum(),
+    }

@@ -1,0 +1,40 @@
+"""Stage sft: learn to answer, from conversations; only what the assistant says is learned.
+
+    roundhouse run recipes/quickstart.yaml --only sft
+"""
+
+import math
+from pathlib import Path
+
+from data.examples import Examples
+from data.packing import Sample
+from rlhf.models import LanguageModel, load_causal_lm
+from rlhf.monitoring import Monitor
+from rlhf.pretrain import token_loss
+from rlhf.recipe import Recipe
+from rlhf.training import Task, Unit, Units, train
+
+
+def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
+    train("sft", recipe, inputs, out, monitor)
+
+
+def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
+    conversations = Examples(inputs["data"] / "sft", "train")
+    return Task(
+        model=lambda: LanguageModel(load_causal_lm(inputs["pretrain"] / "model")),
+        train=units(conversations),
+        validation=units(Examples(inputs["data"] / "sft", "validation")),
+        loss=token_loss,
+        figures=lambda sums: {"val_loss": sums["loss"] / sums["count"]},
+        steps=math.ceil(recipe.sft.epochs * len(conversations) / recipe.sft.global_batch),
+    )
+
+
+def units(conversations: Examples) -> Units:
+    tokens, mask = conversations.column("tokens"), conversations.column("mask")
+
+    def conversation(i: int) -> Unit:
+        return [Sample(tokens[i], mask[i])]
+
+    return Units(tokens.lengths, conversation, conversations.manifest_hash)

@@ -1,0 +1,136 @@
+"""One training loop for pretrain, sft and reward. What differs between them is a `Task`.
+
+    train("pretrain", recipe, inputs, out, monitor)         # on the driver: Ray Train workers run `worker` below
+
+A task is a list of units (a window of text, a conversation, a comparison), each one or more packable samples, and a loss.
+Step s takes the units at places s * global_batch ... of the sample order; who computes which of them is decided by
+`balance`, the same on every worker, so the number of workers changes the speed and not the curve.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+import torch.nn as nn
+
+from cluster import checkpoints
+from cluster.training import Layout, Report, fit
+from data.order import batch_indices
+from data.packing import Sample, balance, pack
+from data.tokenizers import load as load_tokenizer
+from rlhf.learner import Learner, Loss, full_weights
+from rlhf.models import Batch, save_model
+from rlhf.monitoring import Monitor
+from rlhf.recipe import Recipe, Training
+
+Unit = list[Sample]
+
+
+@dataclass(frozen=True)
+class Units:
+    """A sized collection of units: `lengths[i]` tokens in unit i, `get(i)` its samples."""
+
+    lengths: Sequence[int]
+    get: Callable[[int], Unit]
+    hash: str  # of the data; the sample order depends on it
+
+
+@dataclass(frozen=True)
+class Task:
+    model: Callable[[], nn.Module]
+    train: Units
+    validation: Units
+    loss: Loss
+    figures: Callable[[dict[str, float]], dict[str, float]]  # sums over the validation set -> what is reported
+    steps: int
+
+
+def train(stage: str, recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
+    """Train `stage` with Ray Train and leave `out/model`, its figures in `monitor`, checkpoints in `out/checkpoints`."""
+    cluster = recipe.cluster
+    layout = Layout(cluster.workers, cluster.threads_per_worker, cluster.gpus_per_worker, cluster.max_failures)
+
+    def on_report(values: dict[str, Any]) -> None:
+        if "step" in values:
+            monitor.log(values["step"], values["metrics"])
+            monitor.progress(values["step"], values["steps"], values["text"])
+        for name, value in values.get("results", {}).items():
+            monitor.result(name, value)
+
+    config = {
+        "stage": stage,
+        "recipe": recipe.model_dump(mode="json"),
+        "inputs": {name: str(path.resolve()) for name, path in inputs.items()},
+        "out": str(out.resolve()),
+    }
+    fit(worker, config, name="ray_train", layout=layout, storage=out, on_report=on_report, seconds=cluster.placement_timeout_s)
+
+
+def worker(config: dict[str, Any], report: Report) -> None:
+    """The loop of one rank."""
+    from rlhf import pretrain, reward, sft
+
+    recipe, out = Recipe.model_validate(config["recipe"]), Path(config["out"])
+    inputs = {name: Path(path) for name, path in config["inputs"].items()}
+    stage = config["stage"]
+    task = {"pretrain": pretrain.task, "sft": sft.task, "reward": reward.task}[stage](recipe, inputs)
+    settings: Training = getattr(recipe, stage)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    learner = Learner(task.model(), settings, task.steps)
+
+    def batches(units: Units, ids: Sequence[int]) -> list[Batch]:
+        share = balance([units.lengths[i] for i in ids], world, settings.micro_batch)[rank]
+        packed = (pack([s for i in some for s in units.get(ids[i])] or idle(units.get(ids[0]))) for some in share)
+        return [Batch.of(one, learner.hardware.device) for one in packed]
+
+    folder = out / "checkpoints"
+    start = max(checkpoints.steps(folder), default=0)
+    if start:
+        learner.load(folder, start)
+    validated = {}
+    for step in range(start, task.steps):
+        began = time.monotonic()
+        ids = batch_indices(recipe.seed, step, settings.global_batch, len(task.train.lengths), task.train.hash)
+        metrics = learner.step(batches(task.train, ids.tolist()), task.loss)
+        done = step + 1
+        tokens = sum(task.train.lengths[i] for i in ids)
+        metrics["tokens_per_second"] = tokens / (time.monotonic() - began)
+        text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s"
+        if done % settings.validate_every == 0 or done == task.steps:
+            validated = task.figures(validate(learner, task, batches, settings))
+            metrics |= validated
+        report({"step": done, "steps": task.steps, "metrics": metrics, "text": text})
+        if done % settings.checkpoint_every == 0 or done == task.steps:
+            learner.save(folder, done)
+    # A stage that was killed between its last checkpoint and its end comes here with nothing left to train.
+    validated = validated or task.figures(validate(learner, task, batches, settings))
+    state = full_weights(learner.model)
+    if rank == 0:
+        save_model(learner.model.inner, state, load_tokenizer(inputs["data"] / "tokenizer"), out / "model")
+    dist.barrier()
+    parameters = sum(p.numel() for p in learner.model.parameters())
+    report({"results": {**validated, "steps": task.steps, "parameters": parameters}})
+
+
+def validate(
+    learner: Learner, task: Task, batches: Callable[[Units, Sequence[int]], list[Batch]], settings: Training
+) -> dict[str, float]:
+    """Sums over the whole validation set, in pieces that every rank can hold."""
+    n, world = len(task.validation.lengths), learner.world
+    longest = max(task.validation.lengths)
+    piece = max(world, world * (settings.micro_batch // longest))
+    sums: dict[str, float] = {}
+    for start in range(0, n, piece):
+        ids = range(start, min(n, start + piece))
+        for name, value in learner.evaluate(batches(task.validation, ids), task.loss).items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+def idle(unit: Unit) -> Unit:
+    """A unit for a rank that has none: it takes part in the collective operations and counts nothing."""
+    return [Sample(s.tokens, np.zeros(len(s.tokens), np.float32), s.extras, s.lengths) for s in unit]
