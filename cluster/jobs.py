@@ -1,17 +1,21 @@
 """Run a command as a Ray job and stay with it: its log streams here, its exit code is ours, ctrl-C stops it.
 
-    code = submit(["python", "-m", "rlhf.cli", "run", "recipes/quickstart.yaml"], "http://127.0.0.1:8265", Path("."))
+    address = "http://127.0.0.1:8265"
+    code = submit([python_for(address), "-m", "rlhf.cli", "run", "recipes/quickstart.yaml"], address, Path("."))
 
 The working directory is shipped to the cluster, so that nodes need nothing but the dependencies.
 """
 
 import asyncio
+import os
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import cluster.connect  # sets Ray's environment before ray is imported
 from cluster.errors import ClusterError
@@ -29,15 +33,7 @@ def submit(command: list[str], address: str, working_dir: Path, echo: Callable[[
     `echo` gets the id of the job and then every line of its log. A KeyboardInterrupt stops the job and is raised again.
     Raises ClusterError when no cluster answers, when it refuses the job, or when the job dies without an exit code.
     """
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"no Ray dashboard answers at {address}: {_first_line(error)}. "
-            "It is the address that `ray start --head` prints, by default http://127.0.0.1:8265."
-        ) from error
+    client = _client(address)
     try:
         job = client.submit_job(
             entrypoint=shlex.join(command),
@@ -52,6 +48,46 @@ def submit(command: list[str], address: str, working_dir: Path, echo: Callable[[
         _stop(client, job)
         raise
     return _exit_code(client, job)
+
+
+def _client(address: str) -> "JobSubmissionClient":
+    """Ray asks for a token when its head node found one. Its own client sends it only if RAY_AUTH_MODE=token is set here
+    too, a trap for everyone who did not: so ask without, and when refused, with the token that Ray itself would take."""
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        try:
+            return JobSubmissionClient(address)
+        except AuthenticationError:
+            token = _token()
+            if token is None:
+                raise
+            return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
+    except AuthenticationError as error:
+        raise ClusterError(
+            f"the cluster at {address} wants its token: put what `ray get-auth-token` prints on its head node into RAY_AUTH_TOKEN"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray dashboard answers at {address}: {_first_line(error)}. "
+            "It is the address that `ray start --head` prints, by default http://127.0.0.1:8265."
+        ) from error
+
+
+def _token() -> str | None:
+    """The token of this user's clusters, from the three places that Ray documents, in its order."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return os.environ["RAY_AUTH_TOKEN"]
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path.read_text().strip() if path.is_file() else None
+
+
+def python_for(address: str) -> str:
+    """The interpreter to name in a job's command. A head node on this machine was most likely started from our own environment,
+    which need not be on its PATH; other machines are expected to have theirs on the PATH."""
+    host = urlsplit(address).hostname or ""
+    return sys.executable if host in ("localhost", "127.0.0.1", "::1") else "python"
 
 
 async def _follow(client: "JobSubmissionClient", job: str, echo: Callable[[str], None]) -> None:

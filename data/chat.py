@@ -5,7 +5,8 @@
     ids = encode_answer(tokenizer, "Certainly.")                     # what follows a prompt: content, end of turn
 
 Any Jinja template works, and no message can forge a turn: the template is rendered around random placeholders, its own
-words are encoded with special tokens recognised, and what people wrote is put in between as ordinary text.
+words are encoded with special tokens recognised, and what people wrote is put in between as ordinary text. (So contents
+stand as they are, also where a template would trim their spaces.)
 """
 
 import re

@@ -28,7 +28,7 @@ def sample_index(seed: int, epoch: int, i: int | np.ndarray, n: int, manifest_ha
     keeps it a permutation; 4^h < 4n, so that takes fewer than 4 rounds on average.
     """
     places = np.atleast_1d(np.asarray(i, dtype=np.int64))
-    if n < 1 or (places.size and not (0 <= places.min() and places.max() < n)):
+    if n < 1 or (places.size and (places.min() < 0 or places.max() >= n)):
         raise IndexError(f"place {i} is outside an epoch of {n} samples")
     half = max(3, ((n - 1).bit_length() + 1) // 2)
     keys = _keys(seed, epoch, n, manifest_hash)

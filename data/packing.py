@@ -74,9 +74,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     weights = np.concatenate([np.asarray(s.weights, dtype=np.float32) for s in samples])
     weights[starts] = 0.0
     positions = np.arange(len(tokens), dtype=np.int64) - np.repeat(starts, sizes)
-    extras = {
-        name: np.concatenate([np.atleast_1d(s.extras[name]) for s in samples]) for name in names
-    }
+    extras = {name: np.concatenate([np.atleast_1d(s.extras[name]) for s in samples]) for name in names}
     return PackedBatch(tokens, positions, lengths, weights, extras)
 
 

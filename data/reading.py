@@ -49,6 +49,7 @@ def ordered() -> Iterator[None]:
     before = context.execution_options.preserve_order, context.enable_progress_bars, logger.level
     context.execution_options.preserve_order, context.enable_progress_bars = True, False
     logger.setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off, as we asked
     try:
         yield
     finally:
@@ -61,7 +62,6 @@ def read(files: list[Path], convert: Convert, schema: pa.Schema) -> Dataset:
 
     Use within `ordered()`. Raises DataError for missing files, other endings, and when all files are empty.
     """
-    ranges = _ranges(files)
     columns = pa.schema([*ROW, *schema])
 
     def read_block(block: pa.Table) -> Iterator[pa.Table]:
@@ -85,36 +85,25 @@ def read(files: list[Path], convert: Convert, schema: pa.Schema) -> Dataset:
                     rows, size = [], 0
         yield pa.Table.from_pylist(rows, schema=columns)
 
-    per_task = -(-len(ranges) // MOST_TASKS)
-    work = [ranges[i : i + per_task] for i in range(0, len(ranges), per_task)]
-    tables = [pa.Table.from_pylist(part) for part in _group_small(work)]
+    tables = [pa.Table.from_pylist(task) for task in _tasks(files)]
     return ray.data.from_arrow(tables).map_batches(read_block, batch_format="pyarrow", batch_size=None)
 
 
-def _ranges(files: list[Path]) -> list[dict[str, Any]]:
-    parts = []
-    size_of_all = sum(_size(path) for path in files)
-    if not size_of_all:
+def _tasks(files: list[Path]) -> list[list[dict[str, Any]]]:
+    """What each task reads: neighbouring byte ranges, together about RANGE bytes, for a task per small file costs more than reading it."""
+    sizes = [_size(path) for path in files]
+    if not sum(sizes):
         raise DataError(f"no data: {', '.join(map(str, files)) or 'no file was given'} hold no byte")
-    step = max(RANGE, size_of_all // MOST_TASKS)
-    for number, path in enumerate(files):
-        size = _size(path)
-        cuttable = path.suffix == ".jsonl"
-        for start in range(0, size, step) if cuttable else [0]:
-            parts.append({"file": number, "path": str(path.absolute()), "start": start, "stop": min(start + step, size) if cuttable else size})
-    return parts
-
-
-def _group_small(work: list[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
-    """Neighbours together until they make one range: a task per small file would cost more than reading it."""
-    group: list[dict[str, Any]] = []
-    for parts in work:
-        group += parts
-        if sum(p["stop"] - p["start"] for p in group) >= RANGE:
-            yield group
-            group = []
-    if group:
-        yield group
+    step = max(RANGE, sum(sizes) // MOST_TASKS)
+    tasks: list[list[dict[str, Any]]] = [[]]
+    for number, (path, size) in enumerate(zip(files, sizes, strict=True)):
+        cuts = range(0, size, step) if path.suffix == ".jsonl" else range(1)
+        for start in cuts:
+            stop = size if start == cuts[-1] else start + step
+            if sum(part["stop"] - part["start"] for part in tasks[-1]) + stop - start > step and tasks[-1]:
+                tasks.append([])
+            tasks[-1].append({"file": number, "path": str(path.absolute()), "start": start, "stop": stop})
+    return tasks
 
 
 def _size(path: Path) -> int:
@@ -154,7 +143,8 @@ def _parse(raw: bytes, path: str) -> dict[str, Any]:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise Broken(f"not UTF-8: byte 0x{raw[error.start]:02x} at byte {error.start} of the {'file' if path.endswith('.txt') else 'line'}") from None
+        whole = "file" if path.endswith(".txt") else "line"
+        raise Broken(f"not UTF-8: 0x{raw[error.start]:02x} at byte {error.start} of the {whole}") from None
     if path.endswith(".txt"):
         return {"text": text}
     try:

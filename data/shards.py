@@ -14,8 +14,6 @@ Measured in design: such a file scans at 1,760 M tokens/s; a random window takes
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
-from data.files import sha256_of, write_json
+from data.files import sha256_of, write_bytes, write_json
 
 INDEX = np.dtype([("end", "<i8"), ("id", "V16")])
 FORMAT = "roundhouse token shards 1"
@@ -39,55 +37,59 @@ class Document:
     """Length of the text in utf-8."""
 
 
-def write_shards(documents: Iterable[Document], folder: Path, *, vocab_size: int, fingerprint: str, shard_tokens: int) -> dict[str, Any]:
-    """Write documents in the given order; returns the manifest.
+class ShardWriter:
+    """Writes one split's documents in the order given.
 
-    A shard is closed at the first document end at or after `shard_tokens`, so documents are never cut and the files
+    A shard is closed at the first document end at or after `shard_tokens`, so documents are never cut, and the files
     depend on nothing but the documents.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
-    dtype = np.dtype("<u2" if vocab_size <= 65536 else "<u4")
-    shards: list[dict[str, Any]] = []
-    pending: list[Document] = []
-    text_bytes = size = 0
-    for document in documents:
-        pending.append(document)
-        text_bytes += document.text_bytes
-        size += len(document.tokens)
-        if size >= shard_tokens:
-            shards.append(_write_shard(pending, folder, len(shards), dtype))
-            pending, size = [], 0
-    if pending:
-        shards.append(_write_shard(pending, folder, len(shards), dtype))
-    manifest = {
-        "format": FORMAT,
-        "dtype": dtype.name,
-        "vocab_size": vocab_size,
-        "tokenizer": fingerprint,
-        "documents": sum(s["documents"] for s in shards),
-        "tokens": sum(s["tokens"] for s in shards),
-        "bytes_of_text": text_bytes,
-        "shards": shards,
-    }
-    write_json(folder / "manifest.json", manifest)
-    return manifest
 
+    def __init__(self, folder: Path, *, vocab_size: int, fingerprint: str, shard_tokens: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").unlink(missing_ok=True)
+        self.folder, self.vocab_size, self.fingerprint, self.shard_tokens = folder, vocab_size, fingerprint, shard_tokens
+        self.dtype = np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+        self.shards: list[dict[str, Any]] = []
+        self.pending: list[Document] = []
+        self.pending_tokens = self.text_bytes = 0
 
-def _write_shard(documents: list[Document], folder: Path, number: int, dtype: np.dtype) -> dict[str, Any]:
-    tokens = np.concatenate([d.tokens for d in documents]).astype(dtype)
-    index = np.empty(len(documents), dtype=INDEX)
-    index["end"] = np.cumsum([len(d.tokens) for d in documents])
-    index["id"] = [np.void(d.id) for d in documents]
-    entry: dict[str, Any] = {"name": f"{number:05d}", "documents": len(documents), "tokens": len(tokens)}
-    for suffix, array in (("bin", tokens), ("idx", index)):
-        data = array.tobytes()
-        with open(folder / f"{number:05d}.{suffix}", "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        entry[f"{suffix}_sha256"] = hashlib.sha256(data).hexdigest()
-    return entry
+    def add(self, document: Document) -> None:
+        self.pending.append(document)
+        self.pending_tokens += len(document.tokens)
+        self.text_bytes += document.text_bytes
+        if self.pending_tokens >= self.shard_tokens:
+            self._close_shard()
+
+    def finish(self) -> dict[str, Any]:
+        """Write the last shard, then the manifest; returns the manifest."""
+        if self.pending:
+            self._close_shard()
+        manifest = {
+            "format": FORMAT,
+            "dtype": self.dtype.name,
+            "vocab_size": self.vocab_size,
+            "tokenizer": self.fingerprint,
+            "documents": sum(s["documents"] for s in self.shards),
+            "tokens": sum(s["tokens"] for s in self.shards),
+            "bytes_of_text": self.text_bytes,
+            "shards": self.shards,
+        }
+        write_json(self.folder / "manifest.json", manifest)
+        return manifest
+
+    def _close_shard(self) -> None:
+        name = f"{len(self.shards):05d}"
+        tokens = np.concatenate([d.tokens for d in self.pending]).astype(self.dtype)
+        index = np.empty(len(self.pending), dtype=INDEX)
+        index["end"] = np.cumsum([len(d.tokens) for d in self.pending])
+        index["id"] = [np.void(d.id) for d in self.pending]
+        entry: dict[str, Any] = {"name": name, "documents": len(index), "tokens": len(tokens)}
+        for suffix, array in (("bin", tokens), ("idx", index)):
+            data = array.tobytes()
+            write_bytes(self.folder / f"{name}.{suffix}", data)
+            entry[f"{suffix}_sha256"] = hashlib.sha256(data).hexdigest()
+        self.shards.append(entry)
+        self.pending, self.pending_tokens = [], 0
 
 
 class TokenShards:
@@ -110,7 +112,7 @@ class TokenShards:
             self.vocab_size: int = self.manifest["vocab_size"]
             self.fingerprint: str = self.manifest["tokenizer"]
         except FileNotFoundError:
-            raise DataError(f"{self.folder}: no manifest.json, so these token shards are missing or half-written: prepare the data again") from None
+            raise DataError(f"{self.folder}: no manifest.json: token shards are missing or half-written, prepare the data again") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{path}: damaged manifest ({error!r}): prepare the data again") from None
         self.manifest_hash = hashlib.sha256(text).hexdigest()
@@ -122,7 +124,9 @@ class TokenShards:
             indexes.append(self._map(entry["name"] + ".idx", INDEX, entry["documents"]))
         self._starts = np.cumsum([0] + [entry["tokens"] for entry in entries])
         # 8 bytes of memory per document; the ids stay on disk
-        self._ends = np.concatenate([start + index["end"] for start, index in zip(self._starts, indexes)] or [np.zeros(0, np.int64)])
+        self._ends = np.concatenate(
+            [start + index["end"] for start, index in zip(self._starts, indexes, strict=False)] or [np.zeros(0, np.int64)]
+        )
         self._indexes = indexes
         if len(self._ends) != self.documents or (self.documents and (self._ends[-1] != self.tokens or (np.diff(self._ends) <= 0).any())):
             raise DataError(f"{self.folder}: the .idx files do not match the manifest: prepare the data again")

@@ -2,6 +2,8 @@
 
     render(CHAT_TEMPLATE, [{"role": "user", "content": "Hello"}], add_generation_prompt=True)
     # '<|user|>Hello<|end|><|assistant|>'
+
+Only `chat.py` should need this: a rendered string no longer tells what a template wrote from what a person wrote.
 """
 
 from collections.abc import Sequence

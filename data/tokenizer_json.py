@@ -5,6 +5,7 @@ merges. The merge that made a token is found by running BPE on its bytes with lo
 """
 
 from functools import lru_cache
+from itertools import pairwise
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -30,7 +31,7 @@ def tokenizer_json(ranks: dict[bytes, int], pattern: str, specials: dict[str, in
 def _last_merge(ranks: dict[bytes, int], token: bytes, rank: int) -> tuple[bytes, bytes]:
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
         lowest = min(pairs)
         if lowest >= rank:
             raise ValueError(f"token {token!r} of rank {rank} cannot be reached by merges")

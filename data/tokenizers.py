@@ -78,7 +78,9 @@ class Tokenizer(ABC):
 class BytePairTokenizer(Tokenizer):
     """A byte-level BPE run by tiktoken."""
 
-    def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int], chat_template: str = CHAT_TEMPLATE) -> None:
+    def __init__(
+        self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int], chat_template: str = CHAT_TEMPLATE
+    ) -> None:
         """`pattern` names an entry of `encodings.PATTERNS`. Every id below the largest must be taken, or decoding could fail."""
         self.name, self.ranks, self.pattern, self.specials, self.chat_template = name, ranks, pattern, specials, chat_template
         self.vocab_size = len(ranks) + len(specials)
@@ -229,7 +231,7 @@ def train(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
     trainer = rustbpe.Tokenizer()
     wanted = vocab_size - len(SPECIAL_TOKENS)
     if wanted < 256:
-        raise DataError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens need {256 + len(SPECIAL_TOKENS)}")
+        raise DataError(f"tokenizer.vocab_size = {vocab_size} is too small for 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
     trainer.train_from_iterator(iter(texts), wanted, pattern=PATTERNS["cl100k_base"].tiktoken)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < wanted:

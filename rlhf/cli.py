@@ -80,16 +80,16 @@ def submit(
     here = Path.cwd()
     if not recipe.absolute().is_relative_to(here):
         raise RecipeError(f"{recipe} lies outside of {here}, which is what the job gets; copy it into the repository")
-    from cluster.jobs import submit as submit_job
+    from cluster import jobs
     from rlhf.pipeline import choose
 
     choose(only, start)
-    command = ["python", "-m", "rlhf.cli", "run", recipe.absolute().relative_to(here).as_posix(), *overrides]
+    command = [jobs.python_for(address), "-m", "rlhf.cli", "run", recipe.absolute().relative_to(here).as_posix(), *overrides]
     if not Path(loaded.runs_dir).expanduser().is_absolute():
         # A job runs in a throw-away copy of this directory: artefacts must not end there, nor start afresh every time.
         command.append(f"runs_dir={here / loaded.runs_dir}")
     command += [part for flag, value in (("--only", only), ("--from", start)) if value for part in (flag, value)]
-    raise typer.Exit(submit_job(command, address, here, echo=say))
+    raise typer.Exit(jobs.submit(command, address, here, echo=say))
 
 
 @app.command()

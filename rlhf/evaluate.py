@@ -53,7 +53,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     tokenizer = load_tokenizer(data / "tokenizer")
     shards, length = data / "pretrain" / "validation", recipe.pretrain.sequence_length
     held_out = Examples(data / "prompts", "validation")
-    prompts = [held_out.column("prompt")[i].tolist() for i in range(min(recipe.evaluate.prompts, len(held_out)))]
+    prompts = [held_out[i]["prompt"].tolist() for i in range(min(recipe.evaluate.prompts, len(held_out)))]
     seconds = recipe.cluster.deadline_s
     roles = {
         "rollout": engines(recipe, models["sft"], tokenizer),
@@ -79,7 +79,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     for name, value in compressors(shards, tokenizer).items():
         monitor.result(name, value)
     scorer = SCORERS[recipe.evaluate.scorer]
-    texts = {stage: [tokenizer.decode(_spoken(ids, tokenizer)) for ids in responses(a[0])] for stage, a in answers.items()}
+    texts = {stage: [tokenizer.decode(ids, skip_special=True) for ids in responses(a[0])] for stage, a in answers.items()}
     independent = {stage: np.array(scorer(t)) for stage, t in texts.items()}
     (_, sft, _), (rollout, ppo, kl) = answers["sft"], answers["ppo"]
     monitor.result("prompts", len(prompts))
@@ -137,8 +137,3 @@ def compressors(shards: Path, tokenizer: Tokenizer) -> dict[str, float]:
         "gzip_bits_per_byte": 8 * len(gzip.compress(raw, 9)) / len(raw),
         "xz_bits_per_byte": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
     }
-
-
-def _spoken(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """An answer without the token that ended it."""
-    return [i for i in ids if i not in (tokenizer.end_of_turn, tokenizer.end_of_text)]

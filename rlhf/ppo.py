@@ -92,7 +92,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
 
         for step in range(start, config.steps):
             ids = batch_indices(recipe.seed, step, config.rollout_batch, len(prompts), prompts.manifest_hash)
-            batch = [prompts.column("prompt")[i].tolist() for i in ids]
+            batch = [prompts[int(i)]["prompt"].tolist() for i in ids]
             metrics = ppo_step(graph, recipe, batch, step)
             done = step + 1
             monitor.log(done, metrics)

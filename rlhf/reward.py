@@ -37,13 +37,12 @@ def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
 
 def units(comparisons: Examples) -> Units:
     """A comparison is two segments, chosen first; each one's last token counts half, so that weights count comparisons."""
-    prompt, chosen, rejected = (comparisons.column(name) for name in ("prompt", "chosen", "rejected"))
-
     def comparison(i: int) -> Unit:
-        return [_scored(np.concatenate([prompt[i], answer[i]])) for answer in (chosen, rejected)]
+        row = comparisons[i]
+        return [_scored(np.concatenate([row["prompt"], row[answer]])) for answer in ("chosen", "rejected")]
 
-    lengths = [2 * p + c + r for p, c, r in zip(prompt.lengths, chosen.lengths, rejected.lengths, strict=True)]
-    return Units(lengths, comparison, comparisons.manifest_hash)
+    lengths = 2 * comparisons.lengths("prompt") + comparisons.lengths("chosen") + comparisons.lengths("rejected")
+    return Units(lengths.tolist(), comparison, comparisons.manifest_hash)
 
 
 def _scored(tokens: np.ndarray) -> Sample:

@@ -32,9 +32,8 @@ def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
 
 
 def units(conversations: Examples) -> Units:
-    tokens, mask = conversations.column("tokens"), conversations.column("mask")
-
     def conversation(i: int) -> Unit:
-        return [Sample(tokens[i], mask[i])]
+        row = conversations[i]
+        return [Sample(row["tokens"], row["mask"])]
 
-    return Units(tokens.lengths, conversation, conversations.manifest_hash)
+    return Units(conversations.lengths("tokens").tolist(), conversation, conversations.manifest_hash)

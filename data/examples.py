@@ -1,0 +1,239 @@
+"""Conversations, preferences and prompts become parquet files of token ids: the data of sft, reward and ppo.
+
+    prepare_chat(files, tokenizer, out, max_tokens=256, validation_fraction=0.03, max_broken_fraction=0.01)
+    train = Examples(out, "train")
+    train[0]            # {"tokens": int64 [t], "mask": bool [t]}
+
+Rows in, as .jsonl (messages are [{"role": "user", "content": "..."}, ...]; "split": "train" | "validation" is optional,
+rows without it are split by the hash of what comes before the first answer, so one question is never on both sides):
+
+    chat            {"messages"}                       -> tokens, mask (True: the model should learn to write it)
+    preferences     {"messages", "chosen", "rejected"} -> prompt, chosen, rejected: an answer follows the prompt and ends its turn
+    prompts         {"messages"}                       -> prompt
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from data.chat import encode_answer, encode_chat, encode_prompt
+from data.cleaning import normalise, shares, text_id, validation_limit
+from data.errors import DataError
+from data.files import sha256_of, write_json
+from data.pipeline import fetched, id_array
+from data.reading import Broken, Dropped, check_broken, ordered, read
+from data.templates import Message
+from data.tokenizers import Tokenizer
+
+IDS = pa.list_(pa.int32())
+CHAT = pa.schema([("tokens", IDS), ("mask", pa.list_(pa.bool_()))])
+PREFERENCES = pa.schema([("prompt", IDS), ("chosen", IDS), ("rejected", IDS)])
+PROMPTS = pa.schema([("prompt", IDS)])
+ROW_GROUP = 8192  # rows; fixed, so that a file's bytes do not depend on how Ray cut the blocks
+SPLITS = ("train", "validation")
+FORMAT = "roundhouse examples 1"
+
+Encode = Callable[[Tokenizer, dict[str, Any], list[Message]], dict[str, list[Any]]]
+
+
+def prepare_chat(
+    files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
+) -> dict[str, Any]:
+    """Conversations -> columns `tokens` and `mask`; returns the manifest.
+
+    Conversations longer than `max_tokens` are cut to the most whole turns that fit; those of which nothing fits, or that
+    hold no answer, are dropped and counted.
+    """
+
+    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, list[Any]]:
+        tokens, mask = encode_chat(tokenizer, messages, max_tokens)
+        if not tokens:
+            answered = any(m["role"] == "assistant" for m in messages)
+            raise Dropped(f"first turn longer than {max_tokens} tokens" if answered else "no message of the assistant")
+        return {"tokens": tokens, "mask": mask}
+
+    return _prepare(files, tokenizer, out_dir, encode, CHAT, validation_fraction, max_broken_fraction)
+
+
+def prepare_preferences(
+    files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
+) -> dict[str, Any]:
+    """Pairs -> columns `prompt`, `chosen`, `rejected`; those with prompt + answer over `max_tokens` are dropped and counted."""
+
+    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, list[Any]]:
+        prompt = encode_prompt(tokenizer, messages)
+        answers = {name: encode_answer(tokenizer, _text(record, name)) for name in ("chosen", "rejected")}
+        if len(prompt) + max(map(len, answers.values())) > max_tokens:
+            raise Dropped(f"prompt + answer longer than {max_tokens} tokens")
+        if answers["chosen"] == answers["rejected"]:
+            raise Dropped("chosen equals rejected")
+        return {"prompt": prompt, **answers}
+
+    return _prepare(files, tokenizer, out_dir, encode, PREFERENCES, validation_fraction, max_broken_fraction)
+
+
+def prepare_prompts(
+    files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
+) -> dict[str, Any]:
+    """Messages that wait for an answer -> column `prompt`; those over `max_tokens` are dropped and counted."""
+
+    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, list[Any]]:
+        prompt = encode_prompt(tokenizer, messages)
+        if len(prompt) > max_tokens:
+            raise Dropped(f"prompt longer than {max_tokens} tokens")
+        return {"prompt": prompt}
+
+    return _prepare(files, tokenizer, out_dir, encode, PROMPTS, validation_fraction, max_broken_fraction)
+
+
+def _prepare(
+    files: list[Path],
+    tokenizer: Tokenizer,
+    out_dir: Path,
+    encode: Encode,
+    columns: pa.Schema,
+    validation_fraction: float,
+    max_broken_fraction: float,
+) -> dict[str, Any]:
+    """Write `out_dir`/{train,validation}.parquet, broken.jsonl and, last, manifest.json. Needs a connected Ray."""
+    (out_dir / "manifest.json").unlink(missing_ok=True)
+    reference = ray.put(tokenizer)
+
+    def convert(record: dict[str, Any]) -> dict[str, Any]:
+        messages = _messages(record)
+        split = record.get("split")
+        if split not in (None, *SPLITS):
+            raise Broken(f'"split" is {split!r}; it can be "train" or "validation"')
+        question = [m["content"] for m in messages[: next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)]]
+        try:
+            return {"id": text_id("\0".join(question)), "split": split, **encode(fetched(reference), record, messages)}
+        except UnicodeEncodeError:
+            raise Broken("half a surrogate pair in the text") from None
+        except DataError as error:  # the template refuses this conversation, others may be fine
+            raise Broken(str(error)) from None
+
+    with ordered():
+        rows = read(files, convert, pa.schema([("id", pa.binary(16)), ("split", pa.string()), *columns])).materialize()
+        counts = check_broken(rows, files, out_dir, max_broken_fraction)
+        limit = _limit(rows.select_columns(["id", "split"]), validation_fraction)
+        if limit is None:
+            raise DataError(f"{', '.join(map(str, files))}: nothing to learn from is left, {json.dumps(counts)}")
+        writers = {split: _Writer(out_dir / f"{split}.parquet", columns) for split in SPLITS}
+        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+            batch = batch.filter(pa.compute.is_valid(batch["id"]))
+            hashed = np.where(shares(id_array(batch["id"])) < limit, "validation", "train")
+            split = pa.compute.coalesce(batch["split"], pa.array(hashed, pa.string()))
+            for name, writer in writers.items():
+                writer.add(batch.select(columns.names).filter(pa.compute.equal(split, name)))
+    written = {split: writer.finish() for split, writer in writers.items()}
+    for split in SPLITS:
+        if not written[split]["rows"]:
+            names = ", ".join(map(str, files))
+            raise DataError(f"{names}: no row is left for {split}; two different questions are needed at least. {json.dumps(counts)}")
+    manifest = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **counts, **written}
+    write_json(out_dir / "manifest.json", manifest)
+    return manifest
+
+
+def _limit(rows: ray.data.Dataset, fraction: float) -> int | None:
+    """Where to split the rows that name no split; None when there is no row at all."""
+    ids, anything = [np.zeros(0, "V16")], False
+    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+        batch = batch.filter(pa.compute.is_valid(batch["id"]))
+        anything = anything or len(batch) > 0
+        ids.append(id_array(batch.filter(pa.compute.is_null(batch["split"]))["id"]))
+    unsplit = np.concatenate(ids)
+    return (validation_limit(unsplit, fraction) if len(unsplit) else 0) if anything else None
+
+
+def _messages(record: dict[str, Any]) -> list[Message]:
+    messages = record.get("messages")
+    good = (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+    )
+    if not good:
+        raise Broken('no messages: {"messages": [{"role": "user", "content": "..."}]} is needed')
+    return [{"role": m["role"], "content": normalise(m["content"])} for m in messages or []]
+
+
+def _text(record: dict[str, Any], name: str) -> str:
+    text = record.get(name)
+    if not isinstance(text, str) or not text.strip():
+        raise Broken(f'no "{name}": a text is needed')
+    return normalise(text)
+
+
+class _Writer:
+    """One parquet file, in row groups of ROW_GROUP."""
+
+    def __init__(self, path: Path, columns: pa.Schema) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.pending = columns.empty_table()
+        self.rows = 0
+        self.tokens = dict.fromkeys((name for name in columns.names if name != "mask"), 0)
+        self.file = pq.ParquetWriter(self.partial, columns, compression="zstd")
+
+    def add(self, rows: pa.Table) -> None:
+        self.rows += len(rows)
+        for name in self.tokens:
+            self.tokens[name] += pa.compute.sum(pa.compute.list_value_length(rows[name])).as_py() or 0
+        self.pending = pa.concat_tables([self.pending, rows])
+        while len(self.pending) >= ROW_GROUP:
+            self.file.write_table(self.pending.slice(0, ROW_GROUP).combine_chunks())
+            self.pending = self.pending.slice(ROW_GROUP)
+
+    def finish(self) -> dict[str, Any]:
+        if len(self.pending):
+            self.file.write_table(self.pending.combine_chunks())
+        self.file.close()
+        os.replace(self.partial, self.path)
+        return {"rows": self.rows, "tokens": self.tokens, "sha256": sha256_of(self.path)}
+
+
+class Examples:
+    """One split of what a `prepare_*` function wrote, in memory as Arrow; rows come out as numpy arrays."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        """Raises DataError when the folder is half-written or the file is not the one in the manifest."""
+        folder = Path(folder)
+        path = folder / f"{split}.parquet"
+        try:
+            text = (folder / "manifest.json").read_bytes()
+            self.manifest: dict[str, Any] = json.loads(text)
+            expected = self.manifest[split]["sha256"]
+        except FileNotFoundError:
+            raise DataError(f"{folder}: no manifest.json, so these examples are missing or half-written: prepare the data again") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{folder / 'manifest.json'}: damaged ({error!r}): prepare the data again") from None
+        if not path.exists() or sha256_of(path) != expected:
+            raise DataError(f"{path}: missing, or its sha256 is not the manifest's: prepare the data again")
+        self.table = pq.read_table(path).combine_chunks()
+        self.fingerprint: str = self.manifest["tokenizer"]
+        self.manifest_hash = hashlib.sha256(text).hexdigest()
+        """The sample order depends on it, as for token shards."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def lengths(self, column: str) -> np.ndarray:
+        """Tokens in every row of `column`, int64 `[rows]`."""
+        return pa.compute.list_value_length(self.table[column]).to_numpy().astype(np.int64)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """Row i by column: ids as int64 `[t]`, `mask` as bool `[t]`."""
+        row = {}
+        for name in self.table.column_names:
+            values = self.table[name][i].values.to_numpy(zero_copy_only=False)
+            row[name] = values if name == "mask" else values.astype(np.int64)
+        return row

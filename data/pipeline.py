@@ -1,0 +1,169 @@
+"""Documents become token shards: the data of pretraining.
+
+    tokenizer = prepare_text(files, 4096, out, validation_fraction=0.03, max_broken_fraction=0.01, shard_tokens=10_000_000)
+    train, validation = TokenShards(out / "train"), TokenShards(out / "validation")
+
+    read -> NFC, id by hash -> without exact duplicates -> split by id -> [learn a vocabulary] -> tokens -> shards
+
+Ray Data reads, cleans and tokenizes on all cores of all nodes. The driver sees 16 bytes per document to find duplicates
+(1.6 GB for 10^8 documents), the training texts of a vocabulary, and the tokens, which it writes in file order: the same
+bytes for any number of workers. One writer keeps up with about 50 tokenizing cores; the disk comes first.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import Dataset
+
+from data.cleaning import normalise, repeated, shares, text_id, validation_limit
+from data.errors import DataError
+from data.files import write_json
+from data.reading import Broken, check_broken, ordered, read
+from data.shards import Document, ShardWriter
+from data.tokenizers import Tokenizer, train
+
+TEXT = pa.schema([("id", pa.binary(16)), ("text", pa.large_string())])
+VOCABULARY_BYTES = 2 << 30  # a vocabulary is learned from at most this much text: 2 GiB take minutes, and more changes little
+
+
+def prepare_text(
+    files: list[Path],
+    tokenizer: Tokenizer | int,
+    out_dir: Path,
+    *,
+    validation_fraction: float,
+    max_broken_fraction: float,
+    shard_tokens: int,
+) -> Tokenizer:
+    """Write `out_dir`/{train,validation} (see `shards`), broken.jsonl and manifest.json; returns the tokenizer.
+
+    `tokenizer` is a ready one, or the size of a vocabulary to learn from the training documents. Needs a connected Ray.
+    Raises DataError when too many rows are broken or fewer than two different documents remain.
+    """
+    (out_dir / "manifest.json").unlink(missing_ok=True)
+    with ordered():
+        rows = read(files, clean, TEXT).materialize()
+        counts = check_broken(rows, files, out_dir, max_broken_fraction)
+        keys, ids = _identities(rows)
+        if len(np.unique(shares(ids))) < 2:
+            raise DataError(
+                f"{', '.join(map(str, files))}: {counts['rows']} rows hold {min(len(ids), 1)} different documents; one to train on and "
+                "one to validate on are needed at least. A .txt file is one document, each line of a .jsonl file is one"
+            )
+        again = repeated(ids)
+        plan = Plan(skip=frozenset(map(tuple, keys[again].tolist())), limit=validation_limit(ids[~again], validation_fraction))
+        if isinstance(tokenizer, int):
+            tokenizer = train(_training_texts(rows, plan), tokenizer)
+        manifests = _write(rows, plan, tokenizer, out_dir, shard_tokens)
+    write_json(
+        out_dir / "manifest.json",
+        {
+            "files": [str(path) for path in files],
+            "validation_fraction": validation_fraction,
+            "tokenizer": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            **counts,
+            "duplicates": int(again.sum()),
+            **{split: {k: m[k] for k in ("documents", "tokens", "bytes_of_text")} for split, m in manifests.items()},
+        },
+    )
+    return tokenizer
+
+
+def clean(record: dict[str, Any]) -> dict[str, Any]:
+    """A record's columns `id` and `text`; Broken when it has no text."""
+    text = record.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise Broken('no text: {"text": "..."} with something in it is needed')
+    text = normalise(text)
+    try:
+        return {"id": text_id(text), "text": text}
+    except UnicodeEncodeError as error:
+        raise Broken(f"no text: half a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start}") from None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each document; a few bytes that every task gets."""
+
+    skip: frozenset[tuple[int, int]]
+    """(file, at) of documents whose text stood earlier."""
+    limit: int
+    """Ids whose share is below it are held out."""
+
+    def select(self, block: pa.Table) -> tuple[pa.Table, np.ndarray]:
+        """The block without what is skipped or unusable, and which of the rest is validation (bool `[rows]`)."""
+        block = block.filter(pa.compute.is_valid(block["id"]))
+        places = zip(block["file"].to_pylist(), block["at"].to_pylist(), strict=True)
+        block = block.filter(pa.array([place not in self.skip for place in places], pa.bool_()))
+        return block, shares(id_array(block["id"])) < self.limit
+
+
+def id_array(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of 16-byte ids as `V16` `[n]`."""
+    return np.frombuffer(b"".join(column.to_pylist()), dtype="V16")
+
+
+@lru_cache(maxsize=2)
+def fetched(reference: ray.ObjectRef) -> Any:
+    """A tokenizer once per process: rebuilding one of 200,000 tokens for every block would cost as much as its work."""
+    return ray.get(reference)
+
+
+def _identities(rows: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """(file, at) int64 `[n, 2]` and ids `V16` `[n]` of all usable rows, in order."""
+    keys, ids = [np.zeros((0, 2), np.int64)], [np.zeros(0, "V16")]
+    for batch in rows.select_columns(["file", "at", "id"]).iter_batches(batch_size=None, batch_format="pyarrow"):
+        batch = batch.filter(pa.compute.is_valid(batch["id"]))
+        keys.append(np.stack([batch["file"].to_numpy(), batch["at"].to_numpy()], axis=1).astype(np.int64))
+        ids.append(id_array(batch["id"]))
+    return np.concatenate(keys), np.concatenate(ids)
+
+
+def _training_texts(rows: Dataset, plan: Plan) -> Iterator[str]:
+    size = 0
+    for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
+        block, held_out = plan.select(batch)
+        for text in block["text"].filter(pa.array(~held_out)).to_pylist():
+            yield text
+            size += len(text)
+            if size > VOCABULARY_BYTES:
+                return
+
+
+def _write(rows: Dataset, plan: Plan, tokenizer: Tokenizer, out_dir: Path, shard_tokens: int) -> dict[str, dict[str, Any]]:
+    reference = ray.put(tokenizer)
+
+    def tokenize(block: pa.Table) -> pa.Table:
+        here: Tokenizer = fetched(reference)
+        block, held_out = plan.select(block)
+        texts = block["text"].to_pylist()
+        encoded = [[*ids, here.end_of_text] for ids in here.encode_batch(texts)]
+        columns = {
+            "id": block["id"],
+            "validation": pa.array(held_out),
+            "bytes": pa.array([len(text.encode()) for text in texts], pa.int64()),
+            "tokens": pa.array(encoded, pa.large_list(pa.uint32())),
+        }
+        return pa.table(columns)
+
+    writers = {
+        split: ShardWriter(out_dir / split, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint, shard_tokens=shard_tokens)
+        for split in ("train", "validation")
+    }
+    tokenized = rows.map_batches(tokenize, batch_format="pyarrow", batch_size=None)
+    for batch in tokenized.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in range(len(batch)):
+            document = Document(
+                id=batch["id"][row].as_py(),
+                tokens=batch["tokens"][row].values.to_numpy(),
+                text_bytes=batch["bytes"][row].as_py(),
+            )
+            writers["validation" if batch["validation"][row].as_py() else "train"].add(document)
+    return {split: writer.finish() for split, writer in writers.items()}

