@@ -59,9 +59,12 @@ def local_cores() -> int:
 
 
 def quiet() -> None:
-    """Ray's progress messages would break the live line; warnings and errors still come through."""
+    """Ray's progress messages would break the live line; its warnings and errors still come through, but for two that
+    are announcements (tokens are on, as they should be; progress bars are off, as we asked)."""
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("ray._private.authentication.authentication_token_setup", "ray.data._internal.progress"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _init(address: str, num_cpus: float | None) -> None:

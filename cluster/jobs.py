@@ -27,7 +27,9 @@ FINISH_SECONDS = 30.0  # from the end of the log to the job's final state
 STOP_SECONDS = 15.0
 
 
-def submit(command: list[str], address: str, working_dir: Path, echo: Callable[[str], None] = print, env: dict[str, str] | None = None) -> int:
+def submit(
+    command: list[str], address: str, working_dir: Path, echo: Callable[[str], None] = print, env: dict[str, str] | None = None
+) -> int:
     """Run `command` on the cluster behind the dashboard at `address`, in a copy of `working_dir`; returns its exit code.
 
     `echo` gets the id of the job and then every line of its log. A KeyboardInterrupt stops the job and is raised again.

@@ -3,8 +3,9 @@
     fit(worker_function, {"recipe": ...}, name="pretrain", layout=Layout(workers=2), storage=out, on_report=print)
 
 `worker_function(config, report)` runs on each of `workers` ranks inside a torch process group; what rank 0 passes to
-`report` (a dict of plain values) reaches `on_report` on the driver at once. A dead worker restarts the group, at most
-`max_failures` times: the function itself continues from its newest checkpoint.
+`report` (a dict of plain values) reaches `on_report` on the driver at once. When a worker dies the group starts again, at
+most `max_failures` times, and the function continues from its newest checkpoint. An error that the function raises is not
+tried again: it would only come back, a start of the group later.
 """
 
 import logging
@@ -17,12 +18,15 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Empty, Queue
 
 from cluster.hardware import use_threads
 from cluster.placement import Demand, check
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 WorkerFunction = Callable[[dict[str, Any], Report], None]
@@ -56,24 +60,34 @@ def fit(
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(queue, done, on_report), name="reports", daemon=True)
     listener.start()
+    trainer = TorchTrainer(
+        _on_rank,
+        train_loop_config={"worker": worker, "config": config, "queue": queue, "threads": layout.threads},
+        scaling_config=ScalingConfig(
+            num_workers=layout.workers, use_gpu=layout.gpus > 0, resources_per_worker=layout.demand.bundle
+        ),
+        torch_config=TorchConfig(backend="nccl" if layout.gpus > 0 else "gloo"),
+        run_config=RunConfig(name=name, storage_path=str(storage.resolve()), failure_config=FailureConfig(max_failures=0)),
+    )
     try:
-        TorchTrainer(
-            _on_rank,
-            train_loop_config={"worker": worker, "config": config, "queue": queue, "threads": layout.threads},
-            scaling_config=ScalingConfig(
-                num_workers=layout.workers,
-                use_gpu=layout.gpus > 0,
-                resources_per_worker=layout.demand.bundle,
-            ),
-            torch_config=TorchConfig(backend="nccl" if layout.gpus > 0 else "gloo"),
-            run_config=RunConfig(
-                name=name, storage_path=str(storage.resolve()), failure_config=FailureConfig(max_failures=layout.max_failures)
-            ),
-        ).fit()
+        for starts_left in reversed(range(layout.max_failures + 1)):
+            try:
+                trainer.fit()
+                return
+            except WorkerGroupError as error:
+                dead = [f"rank {rank}" for rank, why in error.worker_failures.items() if _is_death(why)]
+                if not dead or not starts_left:
+                    raise
+                logger.warning("%s died; starting the workers again (%d more times)", ", ".join(dead), starts_left - 1)
     finally:
         done.set()
         listener.join(timeout=30)
         queue.shutdown(force=True)
+
+
+def _is_death(failure: BaseException) -> bool:
+    """Whether a rank ended because its process did, and not by an error of the function."""
+    return isinstance(getattr(failure, "failure", failure), RayActorError)
 
 
 def _on_rank(config: dict[str, Any]) -> None:
@@ -98,5 +112,5 @@ def _listen(queue: Queue, done: threading.Event, on_report: Report) -> None:
         except Empty:
             if finished:
                 return
-        except ray.exceptions.RayActorError:
+        except RayActorError:
             return  # the cluster is going away: fit() tells why

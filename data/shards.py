@@ -105,7 +105,7 @@ class TokenShards:
             if self.manifest["format"] != FORMAT:
                 raise DataError(f"{path}: format {self.manifest['format']!r}, this version reads {FORMAT!r}: prepare the data again")
             dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
-            entries = self.manifest["shards"]
+            entries = [(entry["name"], entry["tokens"], entry["documents"]) for entry in self.manifest["shards"]]
             self.tokens: int = self.manifest["tokens"]
             self.documents: int = self.manifest["documents"]
             self.bytes_of_text: int = self.manifest["bytes_of_text"]
@@ -119,10 +119,10 @@ class TokenShards:
         """sha256 of the manifest, and so of every byte it vouches for; the sample order depends on it."""
         self._maps: list[np.ndarray] = []
         indexes: list[np.ndarray] = []
-        for entry in entries:
-            self._maps.append(self._map(entry["name"] + ".bin", dtype, entry["tokens"]))
-            indexes.append(self._map(entry["name"] + ".idx", INDEX, entry["documents"]))
-        self._starts = np.cumsum([0] + [entry["tokens"] for entry in entries])
+        for name, tokens, documents in entries:
+            self._maps.append(self._map(f"{name}.bin", dtype, tokens))
+            indexes.append(self._map(f"{name}.idx", INDEX, documents))
+        self._starts = np.cumsum([0, *(tokens for _, tokens, _ in entries)])
         # 8 bytes of memory per document; the ids stay on disk
         self._ends = np.concatenate(
             [start + index["end"] for start, index in zip(self._starts, indexes, strict=False)] or [np.zeros(0, np.int64)]

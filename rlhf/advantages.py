@@ -20,7 +20,7 @@ def token_rewards(
     Ouyang et al. 2022. A sample without tokens has nowhere to put its score: it is left out.
     """
     rewards = -kl_coef * (log_probs - ref_log_probs)
-    counts = np.asarray(lengths)
+    counts = np.asarray(lengths, dtype=np.int64)
     last = np.cumsum(counts) - 1
     rewards[last[counts > 0]] += np.clip(scores, -reward_clip, reward_clip)[counts > 0]
     return rewards.astype(np.float32)

@@ -9,7 +9,7 @@ stopped by ctrl-C / SIGTERM. Heavy imports stay inside the commands: --help and 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,11 +20,10 @@ from rlhf.errors import RecipeError, user_error
 from rlhf.monitoring import console, errors, say
 
 
-
 class Speaking(TyperGroup):
     """Turns what a command raises into a message and an exit code, for all commands in one place."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
@@ -52,9 +51,9 @@ data_app = typer.Typer(help="Real corpora by name.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, for example recipes/quickstart.yaml.")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set, for example ppo.kl_coef=0.1.")]
-Only = Annotated[Optional[str], typer.Option("--only", metavar="STAGE", help="Bring this stage alone up to date.")]
-From = Annotated[Optional[str], typer.Option("--from", metavar="STAGE", help="Bring this stage and all after it up to date.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set: ppo.kl_coef=0.1")]
+Only = Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Bring this stage alone up to date.")]
+From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Bring this stage and all after it up to date.")]
 
 
 @app.command()
@@ -93,7 +92,7 @@ def submit(
 
 
 @app.command()
-def explain(key: Annotated[Optional[str], typer.Argument(help="A recipe key such as ppo.kl_coef, or a section such as ppo.")] = None) -> None:
+def explain(key: Annotated[str | None, typer.Argument(help="A key such as ppo.kl_coef, or a section such as ppo.")] = None) -> None:
     """What a recipe key means: default, unit, limits, source."""
     keys = recipe_keys.explain(key)
     if len(keys) == 1 and keys[0].default is not None:

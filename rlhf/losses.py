@@ -44,6 +44,7 @@ def clipped_value(
 
     All inputs float32 [R] over response tokens. Returns (loss sum, number of clipped tokens).
     """
-    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    # Clamped itself, not its distance: old + (values - old) is values only up to rounding, and would count as clipped.
+    near = values.clamp(old_values - clip_range, old_values + clip_range)
     plain, clipped = (values - returns).square(), (near - returns).square()
     return 0.5 * torch.maximum(plain, clipped).sum(), (clipped > plain).float().sum().detach()

@@ -195,7 +195,8 @@ def check_vocabulary(path: str | Path, tokenizer: Tokenizer) -> None:
 def save_model(model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: Tokenizer, out: Path) -> None:
     """Write `out` as transformers and vLLM expect it: config.json, model.safetensors, tokenizer.json, chat template."""
     out.mkdir(parents=True, exist_ok=True)
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.end_of_turn
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.end_of_text
+    for config in (model.config, getattr(model, "generation_config", None)):  # a reward model generates nothing
+        if config is not None:
+            config.eos_token_id, config.pad_token_id = tokenizer.end_of_turn, tokenizer.end_of_text
     model.save_pretrained(out, state_dict=state)
     tokenizer.save(out)

@@ -68,7 +68,7 @@ class Monitor:
 
     def progress(self, step: int, total: int, text: str = "") -> None:
         """`step` of `total` is done; `text` says how it goes, for example "loss 2.31, 4,100 tok/s"."""
-        self._bar.update(self._task, completed=step, total=total, text=text)
+        self._bar.update(self._task, completed=step, total=total, text=text, count=f"{step:,}/{total:,}")
         if self._live is None:
             now, tenth = time.monotonic(), step * PLAIN_LINES // max(total, 1)
             if tenth > self._said_tenth and now - self._said_at >= PLAIN_SECONDS:
@@ -131,14 +131,14 @@ def _drop_from(path: Path, step: int) -> None:
 
 def _bar(stage: str, total: int | None) -> tuple[Progress, TaskID]:
     bar = Progress(
-        SpinnerColumn(),
+        SpinnerColumn(style="yellow"),
         TextColumn("[bold]{task.description:<9}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,}/{task.total:,}" if total else ""),
+        BarColumn(bar_width=24, complete_style="yellow", finished_style="green", pulse_style="yellow"),
+        TextColumn("{task.fields[count]}"),
         TimeElapsedColumn(),
         TextColumn("[dim]left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
         console=console,
     )
-    return bar, bar.add_task(stage, total=total, text="")
+    return bar, bar.add_task(stage, total=total, text="", count="")

@@ -199,22 +199,23 @@ def figures(run_dir: Path, stage: str) -> str:
 
 
 def _finish(run_dir: Path, ran: list[str]) -> None:
-    """The report, and where to go from here."""
-    from rlhf.report import write
-
+    """The report of a whole run, and where to go from here."""
+    manifests = {s: artefacts.read_json(run_dir / s / "manifest.json") or {} for s in STAGES}
     report = run_dir / "report.html"
-    if ran or not report.exists():
+    if all(manifests.values()) and (ran or not report.exists()):
+        from rlhf.report import write
+
         report = write(run_dir)
     now = artefacts.code_version()["packages"]
-    manifests = {s: artefacts.read_json(run_dir / s / "manifest.json") or {} for s in STAGES}
     stale = [s for s, m in manifests.items() if m and m["code"]["packages"] != now]
     if stale:
-        say(f"  note: the code has changed since {', '.join(stale)} ran; remove {_shown(run_dir / stale[0])} to make it and what follows again")
+        first = _shown(run_dir / stale[0])
+        say(f"  note: the code has changed since {', '.join(stale)} ran; remove {first} to make it, and what follows, anew")
     total = sum(m.get("wall_seconds", 0.0) for m in manifests.values())
-    done = f"done, {duration(total)} of work" if ran else "nothing to do: every stage is up to date"
-    say(f"{done}  ->  {_shown(report)}", style="bold")
+    done = f"done, {duration(total)} of work" if ran else "nothing to do: all of it is up to date"
+    say(f"{done}  ->  {_shown(report if report.exists() else run_dir)}", style="bold")
     if manifests["ppo"]:
-        say(f"  talk to it:  roundhouse chat {_shown(run_dir)}        curves:  tensorboard --logdir {_shown(run_dir)}")
+        say(f"  talk to it    roundhouse chat {_shown(run_dir)}\n  curves        tensorboard --logdir {_shown(run_dir)}")
 
 
 def _line(colour: str, sign: str, stage: str, head: str, *rest: str) -> None:
@@ -247,13 +248,24 @@ def _shown(path: Path) -> str:
 
 @contextmanager
 def _raising_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises Terminated in the main thread, so that `with` and `finally` blocks run as they do for ctrl-C."""
+    """SIGTERM raises Terminated in the main thread, so that `with` and `finally` blocks run as they do for ctrl-C.
+
+    Whatever a library makes of the interruption on its way up (Ray's C++ turns it into a plain KeyboardInterrupt), it leaves
+    here as Terminated.
+    """
+    received = False
 
     def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except BaseException as error:
+        if received and not isinstance(error, Terminated):
+            raise Terminated from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

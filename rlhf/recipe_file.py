@@ -65,11 +65,8 @@ def resolved(recipe: Recipe) -> str:
     Keys that have no effect in this recipe are left out, since `load` refuses them.
     """
     values = recipe.model_dump(mode="json")
-    for where in _idle_keys(values):
-        section = values
-        for part in where[:-1]:
-            section = section[part]
-        section.pop(where[-1], None)
+    for section, key in _idle_keys(values):
+        values[section].pop(key, None)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -172,10 +169,10 @@ def _from_check(where: KeyPath, text: str) -> Problem:
     return Problem((*where, *named), prefix + text) if known else Problem(where, f": {text}" if where else text)
 
 
-def _idle_keys(values: dict[str, Any]) -> list[KeyPath]:
-    """Keys that this recipe never reads, because of another key."""
+def _idle_keys(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """(section, key) of the keys that this recipe never reads, because of another key."""
     model, tokenizer = _section(values, "model"), _section(values, "tokenizer")
-    idle: list[KeyPath] = []
+    idle: list[tuple[str, str]] = []
     if model.get("init") is not None:
         idle += [("model", k) for k in section_at(("model",)).model_fields if k != "init"]
     if tokenizer.get("encoding", "train") != "train":
@@ -186,9 +183,9 @@ def _idle_keys(values: dict[str, Any]) -> list[KeyPath]:
 def _keys_without_effect(values: dict[str, Any]) -> list[Problem]:
     because = {"model": "model.init brings a model of its own", "tokenizer": "tokenizer.encoding names a ready vocabulary"}
     return [
-        Problem(where, f"would have no effect: {because[str(where[0])]}; remove one of the two")
-        for where in _idle_keys(values)
-        if where[1] in _section(values, str(where[0]))
+        Problem((section, key), f"would have no effect: {because[section]}; remove one of the two")
+        for section, key in _idle_keys(values)
+        if key in _section(values, section)
     ]
 
 

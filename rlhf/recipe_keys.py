@@ -3,6 +3,8 @@
     explain("ppo.kl_coef")        # one Key: meaning, default, unit, limits, source
     explain("ppo")                # the keys of that section
     nearest_key("ppo.clip")       # "ppo.clip_range"
+
+Meanings stand in the schema alone; nothing is said twice.
 """
 
 from dataclasses import dataclass
@@ -96,12 +98,11 @@ def _section_type(field: FieldInfo) -> type[Section] | None:
 
 def _key(name: str, field: FieldInfo, default: Any) -> Key:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    unit, source = str(extra.get("unit", "")), str(extra.get("source", ""))
     if _section_type(field):
-        shown = None
-    else:
-        shown = "required" if field.is_required() else _text(default)
-    kind = "section" if _section_type(field) else _type(field.annotation)
-    return Key(name, field.description or "", kind, shown, str(extra.get("unit", "")), _limits(field), str(extra.get("source", "")))
+        return Key(name, field.description or "", "section", None, unit, "", source)
+    shown = "required" if field.is_required() else _text(default)
+    return Key(name, field.description or "", _type(field.annotation), shown, unit, _limits(field), source)
 
 
 def _text(value: Any) -> str:

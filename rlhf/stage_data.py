@@ -54,7 +54,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     )
     for number, (part, sources, prepare, max_tokens) in enumerate(wanted, start=1):
         monitor.progress(number, len(PARTS), part)
-        if made[part] is None or made[part].get("tokenizer") != tokenizer.fingerprint:
+        if (made[part] or {}).get("tokenizer") != tokenizer.fingerprint:
             prepare(_files(recipe, sources), tokenizer, out / part, max_tokens=max_tokens, **limits)
         counts = _report_part(monitor, out, part)
         for split in ("train", "validation"):

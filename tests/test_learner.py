@@ -1,0 +1,286 @@
+"""The learner against a loop that anyone would write, against itself in other cuts, and on two ranks."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from tiny import batch_of, causal_lm, plain_twin, sequences
+
+from cluster import checkpoints
+from data.packing import balance
+from rlhf.errors import TrainingError
+from rlhf.learner import Learner, full_weights, learning_rate
+from rlhf.losses import cross_entropy
+from rlhf.models import Batch, LanguageModel
+from rlhf.recipe import Optimizer
+
+CONFIG = Optimizer(learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.5, warmup_fraction=0.1)
+
+
+def loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return cross_entropy(model(batch), batch.weights), {"tokens": batch.weights.sum()}
+
+
+def learner(steps: int, config: Optimizer = CONFIG, **changes: object) -> Learner:
+    return Learner(LanguageModel(causal_lm(**changes)), config, steps)
+
+
+def step_tokens(step: int, count: int = 8) -> list[np.ndarray]:
+    """The same ragged samples for the same step in every process; the text is easy, so that the loss falls."""
+    lengths = np.random.default_rng(step).integers(2, 12, count).tolist()
+    return [t % 7 for t in sequences(lengths, seed=step)]
+
+
+def flat(learner: Learner) -> torch.Tensor:
+    return torch.cat([t.detach().flatten().clone() for t in learner.model.parameters()])
+
+
+# ---------------------------------------------------------------------------------------- one process
+
+
+def test_equals_a_plain_loop() -> None:
+    """20 steps of plain transformers, one row after another, torch's unfused AdamW, clipping and schedule by hand."""
+    ours, twin = learner(20), plain_twin(causal_lm())
+    matrices = [p for p in twin.parameters() if p.ndim > 1]
+    vectors = [p for p in twin.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
+    losses = []
+    for step in range(20):
+        tokens = step_tokens(step)
+        metrics = ours.step([batch_of(tokens[:5]), batch_of(tokens[5:])], loss)
+
+        total = torch.zeros(())
+        for t in tokens:
+            ids = torch.from_numpy(t)
+            total = total + F.cross_entropy(twin(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="sum")
+        mean = total / sum(len(t) - 1 for t in tokens)
+        adam.zero_grad()
+        mean.backward()
+        norm = math.sqrt(sum(float((p.grad**2).sum()) for p in twin.parameters()))
+        for p in twin.parameters():
+            p.grad *= min(1.0, 0.5 / (norm + 1e-6))
+        rate = 3e-3 * (step + 1) / 3 if step < 2 else 3e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / 17)) / 2)
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+
+        assert metrics["loss"] == pytest.approx(mean.item(), rel=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert metrics["learning_rate"] == pytest.approx(rate, rel=1e-9)
+        assert metrics["tokens"] == 1.0
+        losses.append(metrics["loss"])
+    assert losses[-1] < losses[0] - 0.5, "it should have learned something"
+    for p, q in zip(ours.model.inner.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def test_fused_adam_equals_the_unfused_to_1e_6() -> None:
+    """The same gradients: only the optimizer's kernel differs."""
+    ours, theirs = learner(20), learner(20)
+    groups = [{**g, "params": g["params"]} for g in theirs.optimizer.param_groups]
+    theirs.optimizer = torch.optim.AdamW(
+        [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups], lr=0.0, betas=(0.9, 0.95), eps=1e-8, foreach=False
+    )
+    assert not theirs.optimizer.param_groups[0]["fused"]
+    for step in range(20):
+        batch = batch_of(step_tokens(step))
+        ours.step([batch], loss)
+        theirs.step([batch], loss)
+    torch.testing.assert_close(flat(ours), flat(theirs), atol=1e-6, rtol=1e-6)
+
+
+def test_eight_at_once_equal_one_eight_times() -> None:
+    at_once, one_by_one = learner(5), learner(5)
+    for step in range(5):
+        tokens = step_tokens(step)
+        a = at_once.step([batch_of(tokens)], loss)
+        b = one_by_one.step([batch_of([t]) for t in tokens], loss)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
+    # Adam divides by the gradient's own size: where that is rounding noise, so is the step.
+    torch.testing.assert_close(flat(at_once), flat(one_by_one), atol=5e-5, rtol=1e-4)
+
+
+def test_weights_count_over_the_whole_batch() -> None:
+    """Twice the weight is twice the loss over twice the count: nothing changes; and weights of zero teach nothing."""
+    tokens = step_tokens(0)
+    plain, doubled, half = learner(1), learner(1), learner(1)
+    a = plain.step([batch_of(tokens)], loss)
+    b = doubled.step([batch_of(tokens, [np.full(len(t), 2.0, np.float32) for t in tokens])], loss)
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+    torch.testing.assert_close(flat(plain), flat(doubled), atol=1e-6, rtol=1e-6)
+    silent = [np.full(len(t), float(i < 4), np.float32) for i, t in enumerate(tokens)]
+    c, d = half.step([batch_of(tokens, silent)], loss), learner(1).step([batch_of(tokens[:4])], loss)
+    assert c["loss"] == pytest.approx(d["loss"], rel=1e-6)
+
+
+def test_a_micro_batch_that_counts_nothing() -> None:
+    tokens = step_tokens(0)
+    idle = batch_of(tokens[:1], [np.zeros(len(tokens[0]), np.float32)])
+    a, b = learner(1), learner(1)
+    assert a.step([batch_of(tokens), idle], loss)["loss"] == pytest.approx(b.step([batch_of(tokens)], loss)["loss"])
+    assert torch.equal(flat(a), flat(b))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_spares_the_weights(bad: float) -> None:
+    ours = learner(5)
+    ours.step([batch_of(step_tokens(0))], loss)
+    before = flat(ours)
+
+    def poisoned(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        value, further = loss(model, batch)
+        return value * bad, further
+
+    with pytest.raises(TrainingError, match=r"step 1: loss (nan|inf)"):
+        ours.step([batch_of(step_tokens(1))], poisoned)
+    assert torch.equal(flat(ours), before)
+    assert ours.taken == 1
+
+
+def test_evaluate_sums_and_learns_nothing() -> None:
+    ours, tokens = learner(1), step_tokens(0)
+    before = flat(ours)
+    sums = ours.evaluate([batch_of(tokens[:3]), batch_of(tokens[3:])], loss)
+    whole = ours.evaluate([batch_of(tokens)], loss)
+    assert sums["count"] == whole["count"] == sum(len(t) - 1 for t in tokens)
+    assert sums["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert sums["loss"] / sums["count"] == pytest.approx(ours.step([batch_of(tokens)], loss)["loss"], rel=1e-5)
+    assert not torch.equal(flat(ours), before)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 400])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
+def test_schedule(steps: int, warmup: float, final: float) -> None:
+    config = Optimizer(warmup_fraction=warmup, final_lr_fraction=final)
+    rates = [learning_rate(s, steps, 2.0, config) for s in range(steps)]
+    ramp = round(warmup * steps)
+    assert all(0 < r <= 2.0 for r in rates[:-1])
+    assert all(a < b for a, b in zip(rates[:ramp], rates[1 : ramp + 1], strict=False)), "warm-up ascends"
+    assert all(a >= b for a, b in zip(rates[ramp:], rates[ramp + 1 :], strict=False)), "then it descends"
+    if ramp < steps:
+        assert rates[ramp] == pytest.approx(2.0)
+    if ramp < steps - 1:
+        assert rates[-1] == pytest.approx(2.0 * final)
+    if steps == 400 and warmup == 0.05:
+        assert rates[0] == pytest.approx(2.0 / 21)
+        assert rates[20 + 190 - 1] == pytest.approx(2.0 * (final + (1 - final) / 2), rel=0.01)
+
+
+def test_own_peak_replaces_the_recipes() -> None:
+    ours = Learner(LanguageModel(causal_lm()), CONFIG, 10, learning_rate=0.5)
+    assert ours.step([batch_of(step_tokens(0))], loss)["learning_rate"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_resume_is_exact(tie: bool, tmp_path: Path) -> None:
+    through = learner(6, tie_embeddings=tie)
+    for step in range(3):
+        through.step([batch_of(step_tokens(step))], loss)
+    through.save(tmp_path, 3)
+    again = learner(6, tie_embeddings=tie, seed=1)
+    again.load(tmp_path, 3)
+    assert again.taken == 3
+    assert torch.equal(flat(again), flat(through))
+    for step in range(3, 6):
+        a, b = through.step([batch_of(step_tokens(step))], loss), again.step([batch_of(step_tokens(step))], loss)
+        assert a == b
+    assert torch.equal(flat(again), flat(through))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_weights_are_transformers_own(tie: bool) -> None:
+    ours = learner(1, tie_embeddings=tie)
+    weights = full_weights(ours.model)
+    assert ("lm_head.weight" in weights) is not tie
+    twin = causal_lm(seed=1, tie_embeddings=tie)
+    missing, unexpected = twin.load_state_dict(weights, strict=False)
+    assert (set(missing), set(unexpected)) == ({"lm_head.weight"} if tie else set(), set())
+    for ours_, theirs in zip(ours.model.inner.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours_, theirs)
+
+
+# ---------------------------------------------------------------------------------------- two ranks
+
+
+def share(step: int, rank: int, world: int) -> list[Batch]:
+    tokens = step_tokens(step)
+    plan = balance([len(t) for t in tokens], world, budget=24)
+    return [batch_of([tokens[i] for i in ids]) for ids in plan[rank]]
+
+
+def two_ranks(rank: int, folder: Path) -> None:
+    """What each of the two processes does: three steps, a checkpoint, one more step."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        ours = learner(6)
+        history = [ours.step(share(s, rank, 2), loss) for s in range(3)]
+        ours.save(folder / "checkpoints", 3)
+        history.append(ours.step(share(3, rank, 2), loss))
+        sums = ours.evaluate(share(4, rank, 2), loss)
+        before = full_weights(ours.model)
+
+        def poisoned_on_one_rank(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            value, further = loss(model, batch)
+            return value * (math.nan if rank else 1.0), further
+
+        stopped = False
+        try:
+            ours.step(share(4, rank, 2), poisoned_on_one_rank)
+        except TrainingError:
+            stopped = True
+        after = full_weights(ours.model)
+        torch.save({"history": history, "sums": sums, "stopped": stopped, "weights": before, "after": after}, folder / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[int], dict]]:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    mp.spawn(two_ranks, args=(folder,), nprocs=2)
+    return folder, lambda rank: torch.load(folder / f"rank{rank}.pt", weights_only=True)
+
+
+def test_two_ranks_equal_one(by_two: tuple[Path, Callable[[int], dict]]) -> None:
+    _, result = by_two
+    alone = learner(6)
+    for step, (first, second) in enumerate(zip(result(0)["history"], result(1)["history"], strict=True)):
+        metrics = alone.step(share(step, 0, 1), loss)
+        assert first == second, "both ranks report the same"
+        for name in metrics:
+            assert first[name] == pytest.approx(metrics[name], rel=1e-4), name
+    expected = full_weights(alone.model)
+    assert result(0)["weights"].keys() == expected.keys()
+    for name, tensor in result(0)["weights"].items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4)
+    sums = alone.evaluate(share(4, 0, 1), loss)
+    assert result(0)["sums"] == pytest.approx(sums, rel=1e-4)
+
+
+def test_one_rank_continues_what_two_began(by_two: tuple[Path, Callable[[int], dict]]) -> None:
+    folder, result = by_two
+    assert checkpoints.steps(folder / "checkpoints") == {3}
+    alone = learner(6, seed=1)
+    alone.load(folder / "checkpoints", 3)
+    assert alone.taken == 3
+    metrics = alone.step(share(3, 0, 1), loss)
+    assert metrics["loss"] == pytest.approx(result(0)["history"][3]["loss"], rel=1e-5)
+    for name, tensor in full_weights(alone.model).items():
+        torch.testing.assert_close(tensor, result(0)["weights"][name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_nan_on_one_rank_stops_both(by_two: tuple[Path, Callable[[int], dict]]) -> None:
+    _, result = by_two
+    assert [result(rank)["stopped"] for rank in (0, 1)] == [True, True]
+    for name, tensor in result(0)["weights"].items():
+        assert torch.equal(result(0)["after"][name], tensor)

@@ -1,0 +1,182 @@
+"""The two wrappers, the chunked log-probabilities, and model directories that others can open."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tiny import batch_of, causal_lm, plain_twin, recipe_model, sequences
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.tokenizers import Tokenizer, train
+from rlhf import models
+from rlhf.errors import RecipeError
+from rlhf.models import (
+    LanguageModel,
+    ScalarModel,
+    check_vocabulary,
+    load_causal_lm,
+    load_critic,
+    load_reward_model,
+    log_probs,
+    new_causal_lm,
+    save_model,
+)
+
+VOCAB = 261  # 256 bytes and 5 special tokens
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train(["one word is not much of a text"], VOCAB)
+
+
+@pytest.fixture
+def directory(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A saved causal LM."""
+    model = causal_lm(vocab_size=VOCAB)
+    save_model(model, _state(model), tokenizer, tmp_path / "lm")
+    return tmp_path / "lm"
+
+
+def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """As `learner.full_weights` gives it: tied tensors once."""
+    tied = set(model.all_tied_weights_keys)
+    return {name: t for name, t in model.state_dict().items() if name not in tied}
+
+
+# ---------------------------------------------------------------------------------------- log-probabilities
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("rows", [1, 4, 5, 6, 23])
+def test_chunks_change_neither_value_nor_gradient(rows: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "LOGIT_ROWS", 5)
+    torch.manual_seed(rows)
+    head = torch.nn.Linear(8, 64, bias=False)
+    hidden, targets, weight = torch.randn(rows, 8, requires_grad=True), torch.randint(64, (rows,)), torch.randn(rows)
+    seen = []
+    handle = head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    found = log_probs(hidden, head, targets, temperature)
+    (found * weight).sum().backward()
+    handle.remove()
+    gradients = hidden.grad.clone(), head.weight.grad.clone()
+    hidden.grad = head.weight.grad = None
+
+    full = F.log_softmax(head(hidden) / temperature, dim=-1)[torch.arange(rows), targets]
+    (full * weight).sum().backward()
+    assert max(seen) <= 5
+    torch.testing.assert_close(found, full, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradients[0], hidden.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradients[1], head.weight.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_no_rows_no_log_probs(with_gradient: bool) -> None:
+    """A rank may be idle: its micro-batch counts nothing, but its backward pass must still take place."""
+    hidden = torch.zeros(0, 8, requires_grad=with_gradient)
+    head = torch.nn.Linear(8, 64)
+    found = log_probs(hidden, head, torch.zeros(0, dtype=torch.int64), 1.0)
+    assert found.shape == (0,)
+    if with_gradient:
+        found.sum().backward()
+        assert head.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("rows", [4, 2048])
+@pytest.mark.parametrize("tie", [True, False])
+def test_language_model_equals_plain_transformers(tie: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "LOGIT_ROWS", rows)
+    model = causal_lm(tie_embeddings=tie)
+    tokens = sequences([6, 2, 9])
+    weights = [(t % 3 > 0).astype("float32") for t in tokens]
+    batch = batch_of(tokens, weights)
+    found = LanguageModel(model)(batch)
+    found.sum().backward()
+
+    twin, expected = plain_twin(model), []
+    for t, w in zip(tokens, weights, strict=True):
+        logits = twin(input_ids=torch.from_numpy(t)[None]).logits[0]
+        one = F.log_softmax(logits[:-1], dim=-1)[torch.arange(len(t) - 1), torch.from_numpy(t[1:])]
+        expected.append(one[torch.from_numpy(w[1:]) > 0])
+    torch.cat(expected).sum().backward()
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-3)
+    assert len(batch.rows) == len(batch.weights) == len(found)
+
+
+def test_same_seed_same_weights() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        return torch.cat([p.flatten() for p in new_causal_lm(recipe_model(), 64, 0, seed).parameters()])
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------- directories
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_plain_transformers_opens_what_we_save(tie: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = causal_lm(vocab_size=VOCAB, tie_embeddings=tie)
+    save_model(model, _state(model), tokenizer, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not theirs.config._attn_implementation.startswith("roundhouse")
+    tokens = sequences([9], vocab_size=VOCAB)[0]
+    with torch.no_grad():
+        expected = plain_twin(model)(input_ids=torch.from_numpy(tokens)[None]).logits
+        torch.testing.assert_close(theirs(input_ids=torch.from_numpy(tokens)[None]).logits, expected, atol=1e-5, rtol=1e-5)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], tensor), name
+    assert theirs.generation_config.eos_token_id == tokenizer.end_of_turn
+
+    theirs_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs_tokenizer("a word, ünïcödé").input_ids == tokenizer.encode("a word, ünïcödé")
+    assert theirs_tokenizer.chat_template
+    again = load_causal_lm(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(LanguageModel(again)(batch_of([tokens])), LanguageModel(model)(batch_of([tokens])), atol=1e-5, rtol=1e-5)
+
+
+def test_a_new_reward_model_starts_at_zero(directory: Path) -> None:
+    rewards = ScalarModel(load_reward_model(directory))(batch_of(sequences([4, 7], vocab_size=VOCAB)))
+    assert rewards.shape == (11,)
+    assert rewards.abs().max() == 0
+
+
+def test_critic_takes_over_the_reward_models_head(directory: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    reward = load_reward_model(directory)
+    with torch.no_grad():
+        reward.score.weight.normal_(generator=torch.Generator().manual_seed(0))
+    save_model(reward, reward.state_dict(), tokenizer, tmp_path / "reward")
+    batch = batch_of(sequences([4, 7], vocab_size=VOCAB))
+    again, critic = load_reward_model(tmp_path / "reward"), load_critic(tmp_path / "reward")
+    with torch.no_grad():
+        expected = ScalarModel(reward)(batch)
+        assert expected.std() > 0.1
+        assert torch.equal(critic.score.weight, reward.score.weight)
+        torch.testing.assert_close(ScalarModel(again)(batch), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ScalarModel(critic)(batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_missing_weights_are_named(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=r"lm: weights are missing: .*layers\.1\.mlp\.up_proj"):
+        load_reward_model(directory)
+
+
+def test_tokenizer_must_fit_the_model(directory: Path, tokenizer: Tokenizer) -> None:
+    check_vocabulary(directory, tokenizer)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "vocab_size": VOCAB - 1}))
+    with pytest.raises(RecipeError, match="261 ids .* 260 embedding rows"):
+        check_vocabulary(directory, tokenizer)
