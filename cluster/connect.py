@@ -23,6 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_SHIPPED = ["/runs", "/.venv", "/.git", "/.ci", "/docs", "/benchmarks", "**/__pycache__", "/.*_cache", "/.hypothesis"]
 REACH_SECONDS = 5.0
 
+# glibc hands every freed block over 128 kB back to the kernel and asks for it again, and each step's activations are such
+# blocks. Keeping them made training steps 4-20 % faster. Read when a process starts, hence an environment.
+WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
+
 
 @contextmanager
 def connect(address: str = "local", num_cpus: float | None = None) -> Iterator[None]:
@@ -80,12 +84,12 @@ def _init(address: str, num_cpus: float | None) -> None:
             address="local",
             num_cpus=local_cores() if num_cpus is None else num_cpus,
             include_dashboard=False,
-            runtime_env={"env_vars": {"PYTHONPATH": path}},
+            runtime_env={"env_vars": {"PYTHONPATH": path, **WORKER_ENV}},
             **common,
         )
     else:
         _reach(address)
-        ray.init(address=address, runtime_env={"working_dir": str(ROOT), "excludes": NOT_SHIPPED}, **common)
+        ray.init(address=address, runtime_env={"working_dir": str(ROOT), "excludes": NOT_SHIPPED, "env_vars": WORKER_ENV}, **common)
 
 
 def _reach(address: str) -> None:

@@ -39,7 +39,11 @@ def submit(
     try:
         job = client.submit_job(
             entrypoint=shlex.join(command),
-            runtime_env={"working_dir": str(working_dir), "excludes": cluster.connect.NOT_SHIPPED, "env_vars": env or {}},
+            runtime_env={
+                "working_dir": str(working_dir),
+                "excludes": cluster.connect.NOT_SHIPPED,
+                "env_vars": {**cluster.connect.WORKER_ENV, **(env or {})},
+            },
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise ClusterError(f"the cluster at {address} refused the job: {_first_line(error)}") from error
@@ -58,6 +62,7 @@ def _client(address: str) -> "JobSubmissionClient":
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    cluster.connect.quiet()
     try:
         try:
             return JobSubmissionClient(address)

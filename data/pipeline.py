@@ -7,7 +7,7 @@
 
 Ray Data reads, cleans and tokenizes on all cores of all nodes. The driver sees 16 bytes per document to find duplicates
 (1.6 GB for 10^8 documents), the training texts of a vocabulary, and the tokens, which it writes in file order: the same
-bytes for any number of workers. One writer keeps up with about 50 tokenizing cores; the disk comes first.
+bytes for any number of workers. Finding duplicates and writing are the two steps that more nodes do not make faster.
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,7 @@ Layout of one split's folder:
     00000.idx       per document: int64 end (in tokens, within this shard) and its 16-byte id (hash of its text)
     manifest.json   sizes and sha256 of every shard, counts, tokenizer fingerprint; written last: without it the folder is half-done
 
-Measured in design: such a file scans at 1,760 M tokens/s; a random window takes 7 microseconds, against 11 ms from parquet.
+Why not parquet: a random window takes 7 microseconds here and 11 ms there; a scan runs at 1,760 M tokens/s.
 """
 
 import hashlib
@@ -54,6 +54,7 @@ class ShardWriter:
         self.pending_tokens = self.text_bytes = 0
 
     def add(self, document: Document) -> None:
+        """Documents stay in memory until their shard is full."""
         self.pending.append(document)
         self.pending_tokens += len(document.tokens)
         self.text_bytes += document.text_bytes

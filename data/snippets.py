@@ -2,7 +2,7 @@
 
     files = build(read_ratings(text))       # {"chat": [...], "preferences": [...], "prompts": [...]}, rows of `data.examples`
 
-10,605 lines of film reviews, each rated by at least 20 people from -4 (most negative) to +4, from Hutto & Gilbert,
+10,605 lines of film reviews, each rated by 15 to 29 people from -4 (most negative) to +4, from Hutto & Gilbert,
 "VADER", ICWSM 2014. People rated single lines; **the pairs are constructed**: two lines that answer the same request, the
 one rated more positive is chosen. What a model learns from them is to write praise, and that can be measured.
 
@@ -18,12 +18,12 @@ from typing import Any
 
 from data.cleaning import in_validation, normalise
 
-REQUEST = "Write a line of a film review."
-REQUEST_WITH = "Write a line of a film review that begins with: "
+REQUEST = "Review a film."
+REQUEST_WITH = "Review a film: "
 HELD_OUT = 0.06
 """Share of the lines held out: some 650, which make some 500 validation pairs."""
 LEAST_GAP = 1.5
-"""Least difference of mean ratings within a pair, of 8 possible: single ratings scatter with a standard deviation of about 1."""
+"""Least difference of mean ratings within a pair, of 8 possible: raters of one line differ with a standard deviation of 0.89 on average."""
 ROUNDS = {"same first word": 2, "bare request": 1}
 """How often lines are shuffled and paired; no line is in more pairs than this."""
 

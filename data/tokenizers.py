@@ -63,7 +63,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the files that `load`, transformers.AutoTokenizer and vLLM open. The bytes depend on the tokenizer alone."""
+        """Write what `load`, transformers and vLLM open, tokenizer.json last. The bytes depend on the tokenizer alone."""
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` for many. One thread: Ray Data runs one such loop per core."""
@@ -119,7 +119,6 @@ class BytePairTokenizer(Tokenizer):
             "fingerprint": self.fingerprint,
         }
         write_json(folder / "encoding.json", encoding)
-        write_bytes(folder / "tokenizer.json", tokenizer_json(self.ranks, PATTERNS[self.pattern].portable, self.specials).encode())
         write_json(
             folder / "tokenizer_config.json",
             {
@@ -129,6 +128,7 @@ class BytePairTokenizer(Tokenizer):
                 "clean_up_tokenization_spaces": False,
             },
         )
+        write_bytes(folder / "tokenizer.json", tokenizer_json(self.ranks, PATTERNS[self.pattern].portable, self.specials).encode())
 
 
 class ModelTokenizer(Tokenizer):
@@ -216,10 +216,11 @@ class ModelTokenizer(Tokenizer):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
-            write_bytes(folder / name, content)
+        files = dict(self.files)
         if not self._template():
-            write_json(folder / "tokenizer_config.json", {**self.config, "chat_template": self.chat_template})
+            files["tokenizer_config.json"] = json.dumps({**self.config, "chat_template": self.chat_template}, indent=2).encode()
+        for name in sorted(files, key="tokenizer.json".__eq__):  # last
+            write_bytes(folder / name, files[name])
 
 
 def train(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:

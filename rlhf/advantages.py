@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+Lengths = Sequence[int] | npt.NDArray[np.int64]
 
 
 def token_rewards(
-    scores: Floats, log_probs: Floats, ref_log_probs: Floats, lengths: Sequence[int], kl_coef: float, reward_clip: float
+    scores: Floats, log_probs: Floats, ref_log_probs: Floats, lengths: Lengths, kl_coef: float, reward_clip: float
 ) -> Floats:
     """r_t = -kl_coef (log pi_old - log pi_ref)_t, plus the sample's clipped score at its last token.
 
@@ -26,7 +27,7 @@ def token_rewards(
     return rewards.astype(np.float32)
 
 
-def gae(rewards: Floats, values: Floats, lengths: Sequence[int], gamma: float, lam: float) -> tuple[Floats, Floats]:
+def gae(rewards: Floats, values: Floats, lengths: Lengths, gamma: float, lam: float) -> tuple[Floats, Floats]:
     """Generalised advantage estimation, Schulman et al. 2016, arXiv:1506.02438, eq. 16.
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t + gamma lam A_{t+1}, with V = A = 0 after the last token.

@@ -76,6 +76,7 @@ def _varlen(
     out = varlen_attn(
         q, k, v, segments.ends, segments.ends, longest, longest, scale=scaling, window_size=causal, enable_gqa=True
     )
+    assert isinstance(out, torch.Tensor)  # a tuple only when auxiliary outputs are asked for
     return out[None]
 
 

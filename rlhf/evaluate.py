@@ -19,7 +19,7 @@ from data.tokenizers import Tokenizer
 from data.tokenizers import load as load_tokenizer
 from rlhf.artefacts import write_json
 from rlhf.experience import Rollout, align, merge, responses
-from rlhf.graph import engines, open_graph
+from rlhf.graph import Role, engines, open_graph
 from rlhf.models import Batch
 from rlhf.monitoring import Monitor, read_metrics
 from rlhf.ppo import Graph, generate
@@ -55,7 +55,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     held_out = Examples(data / "prompts", "validation")
     prompts = [held_out[i]["prompt"].tolist() for i in range(min(recipe.evaluate.prompts, len(held_out)))]
     seconds = recipe.cluster.deadline_s
-    roles = {
+    roles: dict[str, Role] = {
         "rollout": engines(recipe, models["sft"], tokenizer),
         "reference": (JudgedModel, (recipe, models["sft"])),
         "policy": (JudgedModel, (recipe, models["ppo"])),

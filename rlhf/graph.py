@@ -14,7 +14,7 @@ from cluster.groups import Group, Worker
 from cluster.placement import Demand, check, place
 from data.tokenizers import Tokenizer
 from rlhf.recipe import Recipe
-from rlhf.rollout import ENGINE_ENV, EngineWorker
+from rlhf.rollout import CPU_ENV, ENGINE_ENV, EngineWorker
 
 Role = tuple[type[Worker], tuple[Any, ...]]  # the class of a role's workers and their arguments
 ROLES = ("policy", "reference", "reward", "critic", "rollout")
@@ -52,7 +52,7 @@ def open_graph(recipe: Recipe, roles: Mapping[str, Role]) -> Iterator[dict[str, 
                 placements[name],
                 args=args,
                 threads=getattr(recipe.ppo.groups, name).threads,
-                env=ENGINE_ENV if worker is EngineWorker else None,
+                env=None if worker is not EngineWorker else ENGINE_ENV if asked[name].gpus else ENGINE_ENV | CPU_ENV,
             )
         starting = {actor: ref for group in graph.values() for actor, ref in group.start("host").items()}
         wait(starting, recipe.cluster.deadline_s, "start the actors")

@@ -16,6 +16,7 @@ Order in which a model is prepared, and why:
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,8 +73,8 @@ class Learner:
             (value * (self.world / total.float())).backward()
             for name, part in {"loss": value.detach(), **further}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=part.device)) + part.double()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         means = dict(zip(sums, (self._sum(torch.stack(list(sums.values()))) / total).tolist(), strict=True))
         if not (math.isfinite(grad_norm) and math.isfinite(means["loss"])):
             raise TrainingError(
@@ -107,7 +108,7 @@ class Learner:
     def load(self, folder: Path, step: int) -> None:
         """Continue exactly where checkpoint `folder/step_N` was written, on any number of ranks."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        state = {"model": model, "optimizer": optimizer}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         self.taken = checkpoints.load(folder, step, state)["optimizer_steps"]
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
@@ -125,14 +126,16 @@ def shard(model: nn.Module, world: int) -> nn.Module:
     mesh = dist.device_mesh.init_device_mesh(hw.device.type, (world,))
     policy = MixedPrecisionPolicy(param_dtype=hw.dtype, reduce_dtype=torch.float32)
     # Parameters are gathered again for the backward pass only where memory is scarce: a CPU's ranks share one memory anyway.
-    for block in model.inner.base_model.layers:
+    blocks: Any = model.inner.base_model.layers  # type: ignore[union-attr]
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=hw.is_gpu)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return model
 
 
 def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The whole model in transformers' names, fp32 on the CPU, tied tensors once. All ranks call it; rank 0 receives it."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     tied = set(getattr(model.inner, "all_tied_weights_keys", {}) or {})
     return {name.removeprefix("inner."): t for name, t in state.items() if name.removeprefix("inner.") not in tied}
 

@@ -35,7 +35,7 @@ TELLING = (
     "pretrain/val_bits_per_byte",
     "sft/val_loss",
     "reward/pair_accuracy",
-    "ppo/reward_mean",
+    "ppo/reward_last",
     "ppo/log_prob_gap_max",
     "evaluate/reward_gain_sd",
     "evaluate/kl_nats",
@@ -81,7 +81,7 @@ def run(
             ran = carry_out()  # nothing to run: no need to wait for Ray
         else:
             with connect(recipe.cluster.address), _raising_on_sigterm():  # Ray sets a handler of its own when it starts
-                # The cluster is known now and nothing runs on it yet: what the recipe asks for is compared with it here.
+                _check_room(recipe, chosen)
                 ran = carry_out()
         write_summary(run_dir)
         _finish(run_dir, ran)
@@ -98,6 +98,18 @@ def choose(only: str | None = None, start: str | None = None) -> tuple[str, ...]
     if only is not None:
         return (only,)
     return STAGES[STAGES.index(start) :] if start else STAGES
+
+
+def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
+    """The cluster is known now and nothing of ours runs on it yet: can it hold each stage? Raises ClusterError with a table."""
+    from cluster import placement
+    from rlhf.graph import demands
+    from rlhf.training import layout
+
+    if {"pretrain", "sft", "reward"} & set(stages):
+        placement.check({"training": layout(recipe).demand})
+    if {"ppo", "evaluate"} & set(stages):
+        placement.check(demands(recipe))
 
 
 def run_directory(recipe: Recipe) -> Path:

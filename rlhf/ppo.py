@@ -22,7 +22,7 @@ from data.order import batch_indices
 from data.tokenizers import load as load_tokenizer
 from rlhf.errors import TrainingError
 from rlhf.experience import align, merge
-from rlhf.graph import engines, open_graph
+from rlhf.graph import Role, engines, open_graph
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe
 from rlhf.roles import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
@@ -72,7 +72,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     seconds, folder = recipe.cluster.deadline_s, out.resolve() / "checkpoints"
     sft, reward_model = (inputs[stage].resolve() / "model" for stage in ("sft", "reward"))
     updates = config.steps * config.epochs * -(-config.rollout_batch // config.global_batch)
-    roles = {
+    roles: dict[str, Role] = {
         "rollout": engines(recipe, sft, tokenizer),
         "policy": (PolicyWorker, (recipe, sft)),
         "reference": (ReferenceWorker, (recipe, sft)),

@@ -42,7 +42,7 @@ class Cluster(Section):
     placement_timeout_s: float = key(30, "How long to wait for CPUs or GPUs before the error that lists who wants what.", unit="s", gt=0)
     deadline_s: float = key(600, "How long any single call to an actor may take before the run stops and names it.", unit="s", gt=0)
     ports: tuple[int, int] = key(
-        (20000, 30000), "First and last port that process groups may listen on (for clusters behind a firewall).", unit="port"
+        (20000, 30000), "First and last port that the groups of the actor graph may listen on (for clusters behind a firewall).", unit="port"
     )
     max_failures: int = key(2, "How often Ray Train restarts a training stage whose worker died.", unit="restarts", ge=0)
 
@@ -120,6 +120,7 @@ class Optimizer(Section):
 
 
 class Training(Optimizer):
+    global_batch: int = key(32, "Samples per optimizer step, over all workers.", unit="samples", ge=1)
     validate_every: int = key(50, "Steps between two validations.", unit="steps", ge=1)
     checkpoint_every: int = key(50, "Steps between two checkpoints.", unit="steps", ge=1)
 

@@ -27,7 +27,7 @@ ENGINE_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-CPU_ENV = {"TORCHDYNAMO_DISABLE": "1"}  # the sampler's first compiled call costs 6 s, and every CPU run is short
+CPU_ENV = {"TORCHDYNAMO_DISABLE": "1"}  # without a GPU the sampler's first compiled call costs 6 s and gains nothing
 
 
 class EngineWorker(Worker):

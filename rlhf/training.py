@@ -51,9 +51,6 @@ class Task:
 
 def train(stage: str, recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
     """Train `stage` with Ray Train and leave `out/model`, its figures in `monitor`, checkpoints in `out/checkpoints`."""
-    cluster = recipe.cluster
-    layout = Layout(cluster.workers, cluster.threads_per_worker, cluster.gpus_per_worker, cluster.max_failures)
-
     def on_report(values: dict[str, Any]) -> None:
         if "step" in values:
             monitor.log(values["step"], values["metrics"])
@@ -67,7 +64,14 @@ def train(stage: str, recipe: Recipe, inputs: dict[str, Path], out: Path, monito
         "inputs": {name: str(path.resolve()) for name, path in inputs.items()},
         "out": str(out.resolve()),
     }
-    fit(worker, config, name="ray_train", layout=layout, storage=out, on_report=on_report, seconds=cluster.placement_timeout_s)
+    seconds = recipe.cluster.placement_timeout_s
+    fit(worker, config, name="ray_train", layout=layout(recipe), storage=out, on_report=on_report, seconds=seconds)
+
+
+def layout(recipe: Recipe) -> Layout:
+    """What the training stages ask of the cluster."""
+    asked = recipe.cluster
+    return Layout(asked.workers, asked.threads_per_worker, asked.gpus_per_worker, asked.max_failures)
 
 
 def worker(config: dict[str, Any], report: Report) -> None:

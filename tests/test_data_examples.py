@@ -35,7 +35,11 @@ def test_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows.append({"messages": say("One", "two", "three " * 100, "four")})  # its second turn does not fit
     rows.append({"messages": say("long " * 200, "answer")})
     rows.append({"messages": say("No answer")})
-    rows += [{"messages": []}, {"messages": [{"role": "tool", "content": "x"}]}, {"messages": say("a", "b"), "split": "test"}]
+    rows += [
+        {"messages": []},
+        {"messages": [{"role": "tool", "content": "x"}, *say("a", "b")]},
+        {"messages": say("a", "b"), "split": "test"},
+    ]
     path = jsonl(tmp_path / "chat.jsonl", rows)
     manifest = prepare_chat([path], TRAINED, tmp_path / "out", **OPTIONS)
     assert manifest["rows"] == 87

@@ -14,7 +14,7 @@ LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=80)
 @given(LENGTHS)
 def test_pack_keeps_every_token_in_order(lengths: list[int]) -> None:
     samples = [
-        Sample(np.arange(n) + 1000 * i, np.ones(n), {"advantages": np.full(n, i, np.float32), "score": np.float32(i)})
+        Sample(np.arange(n) + 1000 * i, np.ones(n), {"advantages": np.full(n, i, np.float32), "score": np.array(i, np.float32)})
         for i, n in enumerate(lengths)
     ]
     batch = pack(samples)
