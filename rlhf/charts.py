@@ -88,7 +88,15 @@ KEY_CURVES = (
 # Colours no chart would choose by itself; in SVG they become the page's CSS variables.
 _INK, _FAINT, _GRID, _FIRST, _SECOND, _LEVEL, _CARD = (f"#01010{i}" for i in range(1, 8))
 _VARIABLES = {_INK: "--ink", _FAINT: "--faint", _GRID: "--grid", _FIRST: "--first", _SECOND: "--second", _LEVEL: "--level", _CARD: "--card"}
-_ON_WHITE = {_INK: "#1c2024", _FAINT: "#5d6670", _GRID: "#e4e7eb", _FIRST: "#1f6feb", _SECOND: "#b9770e", _LEVEL: "#7a828c", _CARD: "#ffffff"}
+_ON_WHITE = {
+    _INK: "#1c2024",
+    _FAINT: "#5d6670",
+    _GRID: "#e4e7eb",
+    _FIRST: "#1f6feb",
+    _SECOND: "#b9770e",
+    _LEVEL: "#7a828c",
+    _CARD: "#ffffff",
+}
 
 
 def draw(chart: Chart, rows: Rows, summary: Mapping[str, Any]) -> str | None:
@@ -109,8 +117,9 @@ def picture(rows: Mapping[str, Rows], summary: Mapping[str, Any], path: Path) ->
     """The four key curves as one PNG; a curve that the run does not have is left empty and says so."""
     with _style():
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        figure = Figure(figsize=(9.6, 5.4), layout="constrained", dpi=150)
+        figure = Figure(figsize=(9.6, 5.4), dpi=150, layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.1))
         for axes, (stage, chart) in zip(figure.subplots(2, 2).flat, KEY_CURVES, strict=True):
             if _drawable(chart, rows.get(stage, ())):
                 _plot(axes, chart, rows[stage], summary, _ON_WHITE)
@@ -118,7 +127,6 @@ def picture(rows: Mapping[str, Rows], summary: Mapping[str, Any], path: Path) ->
                 axes.text(0.5, 0.5, "not there yet", ha="center", va="center", color=_ON_WHITE[_FAINT], transform=axes.transAxes)
                 axes.set_axis_off()
             axes.set_title(chart.title, loc="left", color=_ON_WHITE[_INK], fontsize=11, fontweight="bold", pad=18)
-        figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
         figure.savefig(path, format="png", facecolor="white", metadata={"Software": None})
     return path
 
@@ -179,9 +187,7 @@ def _plot(axes: Any, chart: Chart, rows: Rows, summary: Mapping[str, Any], colou
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 5, 10]))
     # What is measured stands over the axis, horizontally, where one reads it; the legend on the same line.
-    axes.annotate(
-        chart.unit, (0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", color=colour[_FAINT], fontsize=9
-    )
+    axes.annotate(chart.unit, (0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", color=colour[_FAINT], fontsize=9)
     if several:
         axes.legend(
             loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=3, frameon=False, fontsize=9, labelcolor=colour[_FAINT],
@@ -211,4 +217,5 @@ def _inline(svg: str, label: str) -> str:
     start = re.search(r'viewBox="[^"]*"', svg)
     assert start is not None, "matplotlib always writes a viewBox"
     body = svg[svg.index(">") + 1 :]
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {start[0]} role="img" aria-label="{label}">{body}'
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {names} {start[0]} role="img" aria-label="{label}">{body}'

@@ -184,7 +184,9 @@ def find_model(run_dir: Path, stage: str | None = None) -> tuple[str, Path]:
     if not run_dir.is_dir():
         raise RecipeError(f"there is no run at {run_dir}; `roundhouse status` lists the runs")
     if not finished:
-        raise RecipeError(f"{run_dir} has no finished model yet: `roundhouse run RECIPE` makes one, `roundhouse status {run_dir}` tells how far it is")
+        raise RecipeError(
+            f"{run_dir} has no finished model yet: `roundhouse run RECIPE` makes one, `roundhouse status {run_dir}` tells how far it is"
+        )
     if stage is not None and stage not in finished:
         raise RecipeError(f"{run_dir} has no finished {stage} model; there is {', '.join(reversed(finished))}")
     chosen = stage or finished[0]

@@ -38,7 +38,7 @@ def _model_problems(recipe: Recipe, model: Path) -> list[str]:
     problems = []
     if not (model / "config.json").is_file():
         problems.append(f"model.init: {model} has no config.json; it should be a directory that transformers saved")
-    weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    weights = ("model.safetensors", "model.safetensors.index.json")  # pickled weights are never loaded
     if not any((model / name).is_file() for name in weights):
         problems.append(f"model.init: {model} has no weights (model.safetensors or model.safetensors.index.json)")
     if recipe.tokenizer.encoding == "model" and not (model / "tokenizer.json").is_file():

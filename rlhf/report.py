@@ -62,7 +62,9 @@ def write(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     summary = read_summary(run_dir)
     samples = read_samples(run_dir)
-    environment = Environment(loader=PackageLoader("rlhf", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("rlhf", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["signed"] = lambda value: f"{value:+.2f}".replace("-", "−")
     page = environment.get_template("report.html.jinja").render(
         name=run_dir.resolve().name,
@@ -142,7 +144,12 @@ def headlines(summary: Summary) -> list[Headline]:
     if isinstance(summary.get("reward/pair_accuracy"), (int, float)):
         percent = 100 * summary["reward/pair_accuracy"]
         found.append(
-            Headline("Pair accuracy", f"{percent:.1f}", "%", "How often the reward model prefers the held-out answer that people preferred. A coin gets 50 %.")
+            Headline(
+                "Pair accuracy",
+                f"{percent:.1f}",
+                "%",
+                "How often the reward model prefers the held-out answer that people preferred. A coin gets 50 %.",
+            )
         )
     means = beside("sft_reward", "ppo_reward")
     change = f" The mean went from {means[0]:.2f} to {means[1]:.2f}.".replace("-", "−") if means else ""
@@ -209,7 +216,7 @@ def stages(run_dir: Path, summary: Summary) -> list[Stage]:
                 duration(seconds) if manifest else "",
                 seconds / total,
                 ((manifest or started or {}).get("hash") or "")[:12],
-                [(title, Markup(svg)) for title, svg in drawn if svg],  # noqa: S704 - drawn from constants and numbers
+                [(title, Markup(svg)) for title, svg in drawn if svg],  # safe: drawn from constants and numbers
             )
         )
     return found

@@ -58,9 +58,12 @@ def train(stage: str, recipe: Recipe, inputs: dict[str, Path], out: Path, monito
         for name, value in values.get("results", {}).items():
             monitor.result(name, value)
 
+    plain = recipe.model_dump(mode="json")
+    if recipe.model.init is not None:  # workers have working directories of their own
+        plain["model"]["init"] = str(Path(recipe.model.init).expanduser().resolve())
     config = {
         "stage": stage,
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": plain,
         "inputs": {name: str(path.resolve()) for name, path in inputs.items()},
         "out": str(out.resolve()),
     }

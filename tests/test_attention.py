@@ -38,9 +38,7 @@ def test_any_lengths(lengths: list[int], seed: int) -> None:
     model = causal_lm()
     tokens = sequences(lengths, seed)
     with torch.no_grad():
-        torch.testing.assert_close(
-            packed_logits(model, batch_of(tokens)), one_by_one(plain_twin(model), tokens), atol=2e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(packed_logits(model, batch_of(tokens)), one_by_one(plain_twin(model), tokens), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[7, 2, 5], [5, 5]])
@@ -77,9 +75,7 @@ def test_other_architectures_need_nothing_of_their_own() -> None:
     for model in models:
         model.eval()
         with torch.no_grad():
-            torch.testing.assert_close(
-                packed_logits(model, batch_of(tokens)), one_by_one(plain_twin(model), tokens), atol=2e-5, rtol=1e-5
-            )
+            torch.testing.assert_close(packed_logits(model, batch_of(tokens)), one_by_one(plain_twin(model), tokens), atol=2e-5, rtol=1e-5)
 
 
 def test_segments() -> None:

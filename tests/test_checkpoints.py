@@ -80,7 +80,9 @@ for step in range(1, 10**6):
 
 @pytest.mark.parametrize("after", [3, 6])
 def test_sigkill_leaves_only_whole_checkpoints(tmp_path: Path, after: int) -> None:
-    process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
     try:
         for _ in range(after):
             assert process.stdout.readline().strip()

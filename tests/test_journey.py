@@ -176,3 +176,27 @@ def test_one_worker_and_two_draw_the_same_curve(whole, tmp_path, cache_dir):
     one, two = losses(alone), losses(whole)
     assert len(one) == 12
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
+
+
+def test_a_run_starts_from_any_model_directory_with_its_tokenizer(whole, tmp_path, cache_dir):
+    recipe, run_dir = write_recipe(tmp_path, cache_dir, "continued"), tmp_path / "runs" / "continued"
+    given = [f"model.init={whole / 'sft' / 'model'}", "tokenizer.encoding=model", "pretrain.steps=2", "pretrain.learning_rate=1e-9"]
+    for stage in ("data", "pretrain"):
+        finish(start(recipe, "--only", stage, *given))
+    before, after = (AutoModelForCausalLM.from_pretrained(d / "model") for d in (whole / "sft", run_dir / "pretrain"))
+    for name, weights in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], weights, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("key", "wanted"), [("gpus=1", "GPU: wanted 1"), ("cpus=64", "CPU: wanted 65.6")])
+def test_groups_that_do_not_fit_are_refused_before_anything_runs(tmp_path, cache_dir, key, wanted):
+    recipe = write_recipe(tmp_path, cache_dir, "greedy")
+    began = time.monotonic()
+    process = start(recipe, f"ppo.groups.policy.{key}")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert "no room for policy" in output
+    assert wanted in output
+    assert "Traceback" not in output
+    assert time.monotonic() - began < 30
+    assert not (tmp_path / "runs" / "greedy" / "data").exists()

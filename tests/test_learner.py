@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -164,8 +165,8 @@ def test_schedule(steps: int, warmup: float, final: float) -> None:
     rates = [learning_rate(s, steps, 2.0, config) for s in range(steps)]
     ramp = round(warmup * steps)
     assert all(0 < r <= 2.0 for r in rates[:-1])
-    assert all(a < b for a, b in zip(rates[:ramp], rates[1 : ramp + 1], strict=False)), "warm-up ascends"
-    assert all(a >= b for a, b in zip(rates[ramp:], rates[ramp + 1 :], strict=False)), "then it descends"
+    assert all(a < b for a, b in pairwise(rates[: ramp + 1])), "warm-up ascends"
+    assert all(a >= b for a, b in pairwise(rates[ramp:])), "then it descends"
     if ramp < steps:
         assert rates[ramp] == pytest.approx(2.0)
     if ramp < steps - 1:

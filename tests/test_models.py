@@ -178,5 +178,5 @@ def test_tokenizer_must_fit_the_model(directory: Path, tokenizer: Tokenizer) -> 
     check_vocabulary(directory, tokenizer)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "vocab_size": VOCAB - 1}))
-    with pytest.raises(RecipeError, match="261 ids .* 260 embedding rows"):
+    with pytest.raises(RecipeError, match=r"261 ids .* 260 embedding rows"):
         check_vocabulary(directory, tokenizer)

@@ -35,19 +35,31 @@ def make_run(run_dir: Path, seed: int = 0) -> Path:
     for i in range(49, 300, 50):
         sft[i]["sft/val_loss"] = 2.8 + 2 * math.exp(-i / 60)
     lines("sft", sft)
-    reward = [{"reward/loss": 0.5 + 0.2 * math.exp(-i / 50) + noise(0.05), "reward/accuracy": 0.76 - 0.26 * math.exp(-i / 50) + noise(0.06)} for i in range(200)]
+    reward = [
+        {"reward/loss": 0.5 + 0.2 * math.exp(-i / 50) + noise(0.05), "reward/accuracy": 0.76 - 0.26 * math.exp(-i / 50) + noise(0.06)}
+        for i in range(200)
+    ]
     for i in range(49, 200, 50):
         reward[i] |= {"reward/val_loss": 0.5 + 0.1 * math.exp(-i / 50), "reward/pair_accuracy": 0.76 - 0.2 * math.exp(-i / 50)}
     lines("reward", reward)
     ppo = []
     for i in range(40):
         ppo.append({"ppo/reward": -0.4 + i * 0.05 + noise(0.1), "ppo/reward_sd": 1.1 - i / 100, "ppo/kl": 0.12 * i + abs(noise(0.1))})
-        ppo[-1] |= {"ppo/log_prob_gap": 4e-6 * math.exp(noise(0.4)), "sync/log_prob_gap": 2e-6 * math.exp(noise(0.5)), "ppo/response_tokens": 18 + noise(1)}
+        ppo[-1] |= {
+            "ppo/log_prob_gap": 4e-6 * math.exp(noise(0.4)),
+            "sync/log_prob_gap": 2e-6 * math.exp(noise(0.5)),
+            "ppo/response_tokens": 18 + noise(1),
+        }
     lines("ppo", ppo)
-    words = ["the film is a mess, and not even a funny one", "a warm, funny and beautifully acted film that stays with you", "it is what it is"]
+    words = [
+        "the film is a mess, and not even a funny one",
+        "a warm, funny and beautifully acted film that stays with you",
+        "it is what it is",
+    ]
+    starts = ["the", "a warm", "it is", "one of"]
     samples = [
         {
-            "prompt": f"<|user|>Write a line of a film review that begins with: {['the', 'a warm', 'it is', 'one of'][i % 4]}<|end|><|assistant|>",
+            "prompt": f"<|user|>Write a line of a film review that begins with: {starts[i % 4]}<|end|><|assistant|>",
             "sft": words[i % 3],
             "ppo": words[(i + 1) % 3],
             "sft_reward": -0.8 + 0.2 * i,
@@ -85,7 +97,12 @@ def make_run(run_dir: Path, seed: int = 0) -> Path:
         out = run_dir / stage
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.json").write_text(json.dumps(numbers))
-        manifest = {"stage": stage, "hash": f"{abs(hash(stage)):064x}"[-64:], "made_at": "2026-11-22T22:40:00+00:00", "wall_seconds": seconds[stage]}
+        manifest = {
+            "stage": stage,
+            "hash": f"{abs(hash(stage)):064x}"[-64:],
+            "made_at": "2026-11-22T22:40:00+00:00",
+            "wall_seconds": seconds[stage],
+        }
         (out / "manifest.json").write_text(json.dumps(manifest))
         summary |= numbers | {f"{stage}/wall_seconds": seconds[stage]}
     (run_dir / "evaluate" / "samples.json").write_text(json.dumps(samples))
@@ -212,7 +229,15 @@ def test_long_runs_stay_small() -> None:
 
 def test_every_word_is_escaped(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "r")
-    sample = {"prompt": ATTACK, "sft": ATTACK, "ppo": ATTACK, "sft_reward": 0.0, "ppo_reward": 1.0, "sft_independent": 0.0, "ppo_independent": 0.0}
+    sample = {
+        "prompt": ATTACK,
+        "sft": ATTACK,
+        "ppo": ATTACK,
+        "sft_reward": 0.0,
+        "ppo_reward": 1.0,
+        "sft_independent": 0.0,
+        "ppo_independent": 0.0,
+    }
     (run_dir / "evaluate" / "samples.json").write_text(json.dumps([sample]))
     summary = json.loads((run_dir / "summary.json").read_text())
     (run_dir / "summary.json").write_text(json.dumps({**summary, "evaluate/independent_scorer": ATTACK, f"x/{ATTACK}": 1}))
