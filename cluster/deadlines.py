@@ -1,6 +1,6 @@
 """Every wait has a deadline, and the error names who is missing.
 
-    values = wait({"policy[0]": ref, "critic[0]": other_ref}, seconds=600, what="update")
+values = wait({"policy[0]": ref, "critic[0]": other_ref}, seconds=600, what="update")
 """
 
 import time

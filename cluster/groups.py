@@ -1,9 +1,9 @@
 """A group: the actors of one role, in their own placement group, forming one torch process group.
 
-    group = Group("policy", PolicyWorker, demand, placement, args=(recipe, path), threads=2, ports=(20000, 30000))
-    group.ready(seconds=600)
-    refs = group.start("update", experience_ref)            # {"policy[0]": ref, "policy[1]": ref}
-    results = wait(refs, seconds=600, what="PPO step 3: update")
+group = Group("policy", PolicyWorker, demand, placement, args=(recipe, path), threads=2, ports=(20000, 30000))
+group.ready(seconds=600)
+refs = group.start("update", experience_ref)            # {"policy[0]": ref, "policy[1]": ref}
+results = wait(refs, seconds=600, what="PPO step 3: update")
 """
 
 import socket

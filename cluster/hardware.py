@@ -1,7 +1,7 @@
 """What this process computes on. The one place that chooses device, dtype and communication backend.
 
-    from cluster.hardware import hardware
-    hw = hardware()                     # Hardware(device=cuda:0, dtype=bfloat16, backend="nccl") or (cpu, float32, "gloo")
+from cluster.hardware import hardware
+hw = hardware()                     # Hardware(device=cuda:0, dtype=bfloat16, backend="nccl") or (cpu, float32, "gloo")
 """
 
 import os

@@ -1,8 +1,8 @@
 """Who gets which CPUs and GPUs: checked before anything starts, waited for with a deadline.
 
-    demands = {"policy": Demand(workers=8, cpus=1, gpus=1), "rollout": Demand(workers=4, cpus=2, gpus=1)}
-    check(demands)                              # ClusterError with a table when they can never fit
-    groups = place(demands, seconds=30)         # {"policy": PlacementGroup, ...}
+demands = {"policy": Demand(workers=8, cpus=1, gpus=1), "rollout": Demand(workers=4, cpus=2, gpus=1)}
+check(demands)                              # ClusterError with a table when they can never fit
+groups = place(demands, seconds=30)         # {"policy": PlacementGroup, ...}
 """
 
 import time
@@ -74,7 +74,7 @@ def place(demands: Mapping[str, Demand], seconds: float) -> dict[str, PlacementG
 
 def _table(demands: Mapping[str, Demand], missing: set[str]) -> str:
     """Wanted, there and free, as lines of text."""
-    rows = [f"  {name:<12} {str(demand):<28} {'MISSING' if name in missing else 'fits'}" for name, demand in demands.items()]
+    rows = [f"  {name:<12} {demand!s:<28} {'MISSING' if name in missing else 'fits'}" for name, demand in demands.items()]
     wanted = {r: sum(d.workers * d.bundle.get(r, 0) for d in demands.values()) for r in ("CPU", "GPU")}
     total, free = ray.cluster_resources(), ray.available_resources()
     for resource, amount in wanted.items():

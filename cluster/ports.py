@@ -1,6 +1,6 @@
 """A free port within the range that the cluster's firewall lets through.
 
-    port = free_port((20000, 30000))
+port = free_port((20000, 30000))
 """
 
 import random

@@ -63,9 +63,7 @@ def fit(
     trainer = TorchTrainer(
         _on_rank,
         train_loop_config={"worker": worker, "config": config, "queue": queue, "threads": layout.threads},
-        scaling_config=ScalingConfig(
-            num_workers=layout.workers, use_gpu=layout.gpus > 0, resources_per_worker=layout.demand.bundle
-        ),
+        scaling_config=ScalingConfig(num_workers=layout.workers, use_gpu=layout.gpus > 0, resources_per_worker=layout.demand.bundle),
         torch_config=TorchConfig(backend="nccl" if layout.gpus > 0 else "gloo"),
         run_config=RunConfig(name=name, storage_path=str(storage.resolve()), failure_config=FailureConfig(max_failures=0)),
     )

@@ -12,9 +12,7 @@ Floats = npt.NDArray[np.float32]
 Lengths = Sequence[int] | npt.NDArray[np.int64]
 
 
-def token_rewards(
-    scores: Floats, log_probs: Floats, ref_log_probs: Floats, lengths: Lengths, kl_coef: float, reward_clip: float
-) -> Floats:
+def token_rewards(scores: Floats, log_probs: Floats, ref_log_probs: Floats, lengths: Lengths, kl_coef: float, reward_clip: float) -> Floats:
     """r_t = -kl_coef (log pi_old - log pi_ref)_t, plus the sample's clipped score at its last token.
 
     scores [n], log_probs and ref_log_probs [T] -> [T]. Ziegler et al. 2019, arXiv:1909.08593, eq. 2, per token as in

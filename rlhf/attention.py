@@ -64,18 +64,14 @@ def packed_attention(
     return torch.cat([attend(q, k, v) for q, k, v in parts], dim=2).transpose(1, 2), None
 
 
-def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
-) -> torch.Tensor:
+def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None) -> torch.Tensor:
     """The same by torch's varlen (flash) kernel; bf16 or fp16 on CUDA. Has not run on a GPU yet."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
     longest = max(segments.lengths)
     causal = (-1, 0)
-    out = varlen_attn(
-        q, k, v, segments.ends, segments.ends, longest, longest, scale=scaling, window_size=causal, enable_gqa=True
-    )
+    out = varlen_attn(q, k, v, segments.ends, segments.ends, longest, longest, scale=scaling, window_size=causal, enable_gqa=True)
     assert isinstance(out, torch.Tensor)  # a tuple only when auxiliary outputs are asked for
     return out[None]
 

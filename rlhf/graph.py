@@ -1,7 +1,7 @@
 """The actor graph: every role a group of actors in its own placement group, all there or none.
 
-    with open_graph(recipe, {"rollout": engines(recipe, model, tokenizer), "policy": (PolicyWorker, (recipe, model))}) as graph:
-        graph["policy"].start("load", ...)
+with open_graph(recipe, {"rollout": engines(recipe, model, tokenizer), "policy": (PolicyWorker, (recipe, model))}) as graph:
+    graph["policy"].start("load", ...)
 """
 
 from collections.abc import Iterator, Mapping

@@ -95,9 +95,7 @@ class ScalarModel(nn.Module):
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """The last hidden states of a packed batch, [T, hidden]."""
-    out = model.base_model(
-        input_ids=batch.tokens[None], position_ids=batch.positions[None], segments=batch.segments, use_cache=False
-    )
+    out = model.base_model(input_ids=batch.tokens[None], position_ids=batch.positions[None], segments=batch.segments, use_cache=False)
     return out.last_hidden_state[0]
 
 

@@ -1,6 +1,6 @@
 """Stage pretrain: learn to predict the text of the corpus, from scratch or from a model directory.
 
-    roundhouse run recipes/quickstart.yaml --only pretrain
+roundhouse run recipes/quickstart.yaml --only pretrain
 """
 
 import math

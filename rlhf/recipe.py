@@ -17,6 +17,9 @@ def key(default: Any, meaning: str, *, unit: str = "", source: str = "", **limit
     return Field(default, description=meaning, json_schema_extra={"unit": unit, "source": source}, **limits)
 
 
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # that vLLM's attention has kernels for, on CPUs too
+
+
 class Section(BaseModel):
     """Unknown keys are errors; nothing changes after validation."""
 
@@ -29,20 +32,22 @@ Source = Annotated[str, Field(pattern=r"\S")]
 class Cluster(Section):
     address: str = key(
         "local",
-        "Where Ray runs: `local` starts one here, `auto` or `ray://...` joins a running one. Inside a Ray job, `local` joins the job's cluster.",
+        "Where Ray runs: `local` starts one here, `auto` or `ray://...` joins one. Inside a Ray job, `local` joins the job's cluster.",
     )
     workers: int = key(2, "Ray Train workers of pretrain, sft and reward.", unit="processes", ge=1)
     gpus_per_worker: float = key(0, "GPUs of each training worker; 0 trains on the CPU.", unit="GPUs", ge=0)
     threads_per_worker: int = key(
         1,
-        "CPU cores, and compute threads, of each training worker. Two busy 2-thread processes on 2 cores run 10-100 times slower: workers x threads must fit the node.",
+        "CPU cores, and compute threads, of each training worker. More threads than cores run 10-100 times slower.",
         unit="threads",
         ge=1,
     )
     placement_timeout_s: float = key(30, "How long to wait for CPUs or GPUs before the error that lists who wants what.", unit="s", gt=0)
     deadline_s: float = key(600, "How long any single call to an actor may take before the run stops and names it.", unit="s", gt=0)
     ports: tuple[int, int] = key(
-        (20000, 30000), "First and last port that the groups of the actor graph may listen on (for clusters behind a firewall).", unit="port"
+        (20000, 30000),
+        "First and last port that the groups of the actor graph may listen on (for clusters behind a firewall).",
+        unit="port",
     )
     max_failures: int = key(2, "How often Ray Train restarts a training stage whose worker died.", unit="restarts", ge=0)
 
@@ -55,17 +60,19 @@ class Cluster(Section):
 
 class Data(Section):
     pretrain: list[Source] = key(
-        ..., "Texts to pretrain on: `name:text` of the catalogue (`roundhouse data list`), or paths and globs of .txt / .jsonl files.", min_length=1
+        ...,
+        "Texts to pretrain on: `name:text` of the catalogue (`roundhouse data list`), or paths and globs of .txt / .jsonl files.",
+        min_length=1,
     )
-    sft: list[Source] = key(..., "Conversations to fine-tune on: `name:chat`, or .jsonl files of {messages: [{role, content}]}.", min_length=1)
+    sft: list[Source] = key(
+        ..., "Conversations to fine-tune on: `name:chat`, or .jsonl files of {messages: [{role, content}]}.", min_length=1
+    )
     preferences: list[Source] = key(
         ..., "Human rankings: `name:preferences`, or .jsonl files of {messages, chosen, rejected}.", min_length=1
     )
     prompts: list[Source] = key(..., "What PPO answers: `name:prompts`, or .jsonl files of {messages}.", min_length=1)
     cache_dir: str = key("~/.cache/roundhouse", "Where fetched corpora and rank files are kept.", unit="path")
-    validation_fraction: float = key(
-        0.03, "Share of documents held out, chosen by the hash of their text.", unit="fraction", gt=0, lt=0.5
-    )
+    validation_fraction: float = key(0.03, "Share of documents held out, chosen by the hash of their text.", unit="fraction", gt=0, lt=0.5)
     max_broken_fraction: float = key(
         0.01, "Unreadable files and lines are skipped, counted and listed; above this share the run stops.", unit="fraction", ge=0, le=1
     )
@@ -75,7 +82,7 @@ class Data(Section):
 class Tokenizer(Section):
     encoding: Literal["train", "gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base", "model"] = key(
         "train",
-        "`train` learns a byte-level BPE on the pretraining texts; a name takes that tiktoken encoding; `model` takes the tokenizer of `model.init`.",
+        "`train` learns a byte-level BPE on the pretraining texts; a name takes that tiktoken encoding; `model` takes `model.init`'s.",
         source="https://github.com/openai/tiktoken",
     )
     vocab_size: int = key(4096, "Size of a trained vocabulary, special tokens included.", unit="tokens", ge=300)
@@ -109,7 +116,12 @@ class Optimizer(Section):
     learning_rate: float = key(1e-4, "Peak learning rate.", unit="per step", gt=0)
     warmup_fraction: float = key(0.05, "Share of the steps that ramp the rate up linearly from 0.", unit="fraction", ge=0, le=1)
     final_lr_fraction: float = key(
-        0.1, "Rate at the end of the cosine, relative to the peak; 1 keeps it constant.", unit="fraction", ge=0, le=1, source="arXiv:1608.03983"
+        0.1,
+        "Rate at the end of the cosine, relative to the peak; 1 keeps it constant.",
+        unit="fraction",
+        ge=0,
+        le=1,
+        source="arXiv:1608.03983",
     )
     betas: tuple[float, float] = key((0.9, 0.95), "Decay rates of Adam's first and second moment.", source="arXiv:1711.05101")
     weight_decay: float = key(0.1, "Decoupled weight decay; norms and biases are spared.", ge=0, source="arXiv:1711.05101")
@@ -233,13 +245,19 @@ class Recipe(Section):
             }.items():
                 if length > limit:
                     wrong.append(f"{name} = {length} is longer than model.max_positions = {limit}")
+            if (size := self.model.hidden_size // self.model.heads) not in HEAD_SIZES:
+                wrong.append(f"model.hidden_size / model.heads = {size}: vLLM, which writes the rollouts, can only do {HEAD_SIZES}")
             if self.tokenizer.encoding == "model":
                 wrong.append("tokenizer.encoding = model needs model.init")
         for name, length, budget in (
             ("pretrain.sequence_length", self.pretrain.sequence_length, self.pretrain.micro_batch),
             ("sft.max_tokens", self.sft.max_tokens, self.sft.micro_batch),
             ("reward.max_tokens x 2", 2 * self.reward.max_tokens, self.reward.micro_batch),
-            ("ppo.max_prompt_tokens + ppo.max_response_tokens", self.ppo.max_prompt_tokens + self.ppo.max_response_tokens, self.ppo.micro_batch),
+            (
+                "ppo.max_prompt_tokens + ppo.max_response_tokens",
+                self.ppo.max_prompt_tokens + self.ppo.max_response_tokens,
+                self.ppo.micro_batch,
+            ),
         ):
             if length > budget:
                 wrong.append(f"{name} = {length} does not fit into micro_batch = {budget} of that stage")

@@ -1,6 +1,6 @@
 """Stage reward: learn which of two answers people prefer. The SFT model gets a scalar head instead of its vocabulary.
 
-    roundhouse run recipes/quickstart.yaml --only reward
+roundhouse run recipes/quickstart.yaml --only reward
 """
 
 import math
@@ -37,6 +37,7 @@ def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
 
 def units(comparisons: Examples) -> Units:
     """A comparison is two segments, chosen first; each one's last token counts half, so that weights count comparisons."""
+
     def comparison(i: int) -> Unit:
         row = comparisons[i]
         return [_scored(np.concatenate([row["prompt"], row[answer]])) for answer in ("chosen", "rejected")]

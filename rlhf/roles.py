@@ -40,9 +40,7 @@ class Role(Worker):
         self.recipe, self.config, self.path = recipe, recipe.ppo, model
         self.device = hardware().device
 
-    def score(
-        self, rollouts: tuple[Rollout, ...], numbers: Callable[[Batch], torch.Tensor], lengths: Callable[[Rollout], Ints]
-    ) -> Scores:
+    def score(self, rollouts: tuple[Rollout, ...], numbers: Callable[[Batch], torch.Tensor], lengths: Callable[[Rollout], Ints]) -> Scores:
         """`numbers` of this rank's samples; a micro-batch of them holds `lengths` numbers per sample, sample after sample."""
         rollout = merge(rollouts)
         packable = samples(rollout)
@@ -178,9 +176,7 @@ class CriticWorker(LearningRole):
         """
         rollout = merge(ray.get(rollouts))
         one_each, lengths = np.ones_like(rollout.index), rollout.response_lengths
-        found = {
-            name: align(ray.get(shares), one_each if name == "rewards" else lengths) for name, shares in parts.items()
-        }
+        found = {name: align(ray.get(shares), one_each if name == "rewards" else lengths) for name, shares in parts.items()}
         return estimate(rollout, found, self.config)
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Stage sft: learn to answer, from conversations; only what the assistant says is learned.
 
-    roundhouse run recipes/quickstart.yaml --only sft
+roundhouse run recipes/quickstart.yaml --only sft
 """
 
 import math

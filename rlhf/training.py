@@ -51,6 +51,7 @@ class Task:
 
 def train(stage: str, recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
     """Train `stage` with Ray Train and leave `out/model`, its figures in `monitor`, checkpoints in `out/checkpoints`."""
+
     def on_report(values: dict[str, Any]) -> None:
         if "step" in values:
             monitor.log(values["step"], values["metrics"])
@@ -123,9 +124,7 @@ def worker(config: dict[str, Any], report: Report) -> None:
     report({"results": {**validated, "steps": task.steps, "parameters": parameters}})
 
 
-def validate(
-    learner: Learner, task: Task, batches: Callable[[Units, Sequence[int]], list[Batch]], settings: Training
-) -> dict[str, float]:
+def validate(learner: Learner, task: Task, batches: Callable[[Units, Sequence[int]], list[Batch]], settings: Training) -> dict[str, float]:
     """Sums over the whole validation set, in pieces that every rank can hold."""
     n, world = len(task.validation.lengths), learner.world
     longest = max(task.validation.lengths)

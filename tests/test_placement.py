@@ -22,7 +22,7 @@ class Sleeper(Worker):
         return self.rank
 
     def fail(self) -> None:
-        raise ValueError("this is rank %d" % self.rank)
+        raise ValueError(f"this is rank {self.rank}")
 
     def total(self) -> float:
         import torch
