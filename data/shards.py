@@ -146,12 +146,19 @@ class TokenShards:
     def window(self, i: int, length: int) -> tuple[np.ndarray, list[int]]:
         """Window i: tokens `[i * length, (i + 1) * length)` of the stream as int64 `[length]`, and its segment lengths.
 
-        Segments are cut at document ends and sum to `length`. Windows cross shard borders, so the shard size changes nothing.
         Raises IndexError outside [0, windows(length)).
         """
         if not 0 <= i < self.windows(length):
             raise IndexError(f"window {i} of {self.windows(length)}")
-        start, stop = i * length, (i + 1) * length
+        return self.span(i * length, (i + 1) * length)
+
+    def span(self, start: int, stop: int) -> tuple[np.ndarray, list[int]]:
+        """Tokens `[start, stop)` of the stream as int64, and their segment lengths: cut at document ends, summing to stop - start.
+
+        Spans cross shard borders, so the shard size changes nothing. Raises IndexError for an empty span or one beyond the stream.
+        """
+        if not 0 <= start < stop <= self.tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
         first, last = np.searchsorted(self._starts, [start, stop - 1], side="right") - 1
         pieces = [self._maps[s][max(0, start - self._starts[s]) : stop - self._starts[s]] for s in range(first, last + 1)]
         low, high = np.searchsorted(self._ends, [start, stop], side="right")

@@ -23,7 +23,7 @@ from rlhf.graph import Role, engines, open_graph
 from rlhf.models import Batch
 from rlhf.monitoring import Monitor, read_metrics
 from rlhf.ppo import Graph, generate
-from rlhf.pretrain import bits_per_byte, token_loss, windows
+from rlhf.pretrain import bits_per_byte, every_token, token_loss
 from rlhf.recipe import Recipe
 from rlhf.roles import ReferenceWorker, RewardWorker
 from rlhf.scorers import SCORERS
@@ -35,7 +35,7 @@ class JudgedModel(ReferenceWorker):
     def held_out(self, shards: Path, length: int) -> dict[str, float]:
         """Validation loss and bits per byte. All ranks compute all windows; a figure of a minute is not worth a plan."""
         text = TokenShards(shards)
-        units = windows(text, length)
+        units = every_token(text, length)
         at_once = max(1, self.config.micro_batch // length)
         sums = {"loss": 0.0, "count": 0.0}
         for start in range(0, len(units.lengths), at_once):
@@ -44,7 +44,7 @@ class JudgedModel(ReferenceWorker):
             with torch.no_grad():
                 sums["loss"] += float(token_loss(self.model, batch)[0])
             sums["count"] += float(batch.weights.sum())
-        return bits_per_byte(sums, text, length)
+        return bits_per_byte(sums, text)
 
 
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
@@ -131,8 +131,7 @@ _JUDGES = (("policy", "log_probs"), ("reference", "log_probs"), ("reward", "scor
 def compressors(shards: Path, tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of gzip -9 and xz -9 on the same held-out text: what a model has to beat."""
     text = TokenShards(shards)
-    pieces = [text.window(i, 256)[0] for i in range(text.windows(256))]
-    raw = tokenizer.decode(np.concatenate(pieces).tolist()).encode()
+    raw = tokenizer.decode(text.span(0, text.tokens)[0].tolist(), skip_special=True).encode()
     return {
         "gzip_bits_per_byte": 8 * len(gzip.compress(raw, 9)) / len(raw),
         "xz_bits_per_byte": 8 * len(lzma.compress(raw, preset=9)) / len(raw),

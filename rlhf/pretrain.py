@@ -39,9 +39,9 @@ def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
     return Task(
         model=model,
         train=windows(train_shards, length),
-        validation=windows(held_out, length),
+        validation=every_token(held_out, length),
         loss=token_loss,
-        figures=lambda sums: bits_per_byte(sums, held_out, length),
+        figures=lambda sums: bits_per_byte(sums, held_out),
         steps=recipe.pretrain.steps,
     )
 
@@ -56,19 +56,27 @@ def windows(shards: TokenShards, length: int) -> Units:
     return Units([length] * shards.windows(length), window, shards.manifest_hash)
 
 
+def every_token(shards: TokenShards, length: int) -> Units:
+    """The stream in windows of `length` that overlap by one token, so that every token but a document's first is predicted once."""
+    starts = range(0, max(1, shards.tokens - 1), length - 1)
+    lengths = [min(length, shards.tokens - start) for start in starts]
+
+    def window(i: int) -> Unit:
+        tokens, segments = shards.span(starts[i], starts[i] + lengths[i])
+        return [Sample(tokens, np.ones(len(tokens), np.float32), lengths=segments)]
+
+    return Units(lengths, window, shards.manifest_hash)
+
+
 def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Cross-entropy of the counted tokens; pretraining counts all, fine-tuning the assistant's."""
     return cross_entropy(model(batch), batch.weights), {}
 
 
-def bits_per_byte(sums: dict[str, float], shards: TokenShards, length: int) -> dict[str, float]:
-    """Validation loss in nats per predicted token, and bits per UTF-8 byte of the held-out text.
+def bits_per_byte(sums: dict[str, float], shards: TokenShards) -> dict[str, float]:
+    """Validation loss in nats per predicted token, and bits per UTF-8 byte of the whole held-out text.
 
-    The first token of a segment has nothing before it and is not predicted: it is charged log2(vocabulary) bits, so that
-    short windows look no better than they are.
+    The first token of a document has nothing before it and is not predicted: it is charged log2(vocabulary) bits.
     """
-    tokens = shards.windows(length) * length
-    guessed = tokens - sums["count"]
-    bits = sums["loss"] / math.log(2) + guessed * math.log2(shards.vocab_size)
-    text_bytes = shards.bytes_of_text * tokens / shards.tokens
-    return {"val_loss": sums["loss"] / sums["count"], "val_bits_per_byte": bits / text_bytes}
+    bits = sums["loss"] / math.log(2) + (shards.tokens - sums["count"]) * math.log2(shards.vocab_size)
+    return {"val_loss": sums["loss"] / sums["count"], "val_bits_per_byte": bits / shards.bytes_of_text}
