@@ -33,13 +33,13 @@ def save(folder: Path, step: int, state: dict[str, Any], extra: dict[str, Any]) 
             json.dump(extra, file)
             file.flush()
             os.fsync(file.fileno())
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # this step again, after a resume from an older one
+            target.rename(folder / f"draft-{uuid.uuid4().hex}")
         draft.rename(target)
-        kept = {f"step_{step:08d}" for step in sorted(steps(folder))[-2:]}
-        for old in folder.iterdir():
-            if old.name not in kept:
-                shutil.rmtree(old)
+        for old in sorted(steps(folder))[:-2]:  # renamed first: a torn one must not keep a whole one's name
+            (folder / f"step_{old:08d}").rename(folder / f"draft-{uuid.uuid4().hex}")
+        for rest in folder.glob("draft-*"):
+            shutil.rmtree(rest)
     _barrier()
 
 

@@ -39,7 +39,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: i
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Ids up to where the assistant's next answer begins."""
     ids: list[int] = []
-    for text, message in _parts(tokenizer, messages, add_generation_prompt=True):
+    for text, message in template_parts(tokenizer, messages, add_generation_prompt=True):
         ids += tokenizer.encode_template(text)
         if message is not None:
             ids += tokenizer.encode(message["content"])
@@ -55,7 +55,7 @@ def _encode_whole(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[li
     ids: list[int] = []
     mask: list[bool] = []
     answered = False
-    for text, message in _parts(tokenizer, messages, add_generation_prompt=False):
+    for text, message in template_parts(tokenizer, messages, add_generation_prompt=False):
         words = tokenizer.encode_template(text)
         # The end of turn belongs to the answer before it. Templates may write more first (a newline): the model must, too.
         learned = words.index(tokenizer.end_of_turn) + 1 if answered and tokenizer.end_of_turn in words else 0
@@ -69,7 +69,7 @@ def _encode_whole(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[li
     return ids, mask
 
 
-def _parts(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> list[tuple[str, Message | None]]:
+def template_parts(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> list[tuple[str, Message | None]]:
     """The rendered template as (its own words, the message whose content follows them); the last part has no message.
 
     Raises DataError when the template does not show every message once, in order: then it rewrites conversations in ways

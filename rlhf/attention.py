@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from rlhf.errors import RecipeError
+
 PACKED = "roundhouse_packed"
 
 
@@ -41,13 +43,23 @@ def packed_attention(
     *,
     segments: Segments,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment. query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d].
 
+    Raises RecipeError for what a model may ask of attention and this does not do: it would be wrong without a sign.
+
     GPU: one varlen kernel. CPU: one SDPA call when all segments are equally long (pretraining windows), else one per
     segment: 464 ms against 611 ms for one causal call over all 1024 tokens and 1123 ms with a mask (128-token segments).
     """
+    if softcap is not None or s_aux is not None or (sliding_window is not None and max(segments.lengths) > sliding_window):
+        raise RecipeError(
+            f"{type(module).__name__}: soft-capped logits, attention sinks and segments longer than a sliding window "
+            f"({sliding_window}) are not supported by packed attention; start from another model, or shorten the sequences"
+        )
     if query.device.type == "cuda":
         return _varlen(query, key, value, segments, scaling), None
     lengths = segments.lengths

@@ -20,7 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.hardware import hardware
-from data.chat import _parts as template_parts
+from data.chat import template_parts
 from data.templates import Message
 from data.tokenizers import Tokenizer
 from data.tokenizers import load as load_tokenizer

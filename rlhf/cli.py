@@ -130,11 +130,18 @@ def status(where: Annotated[Path, typer.Argument(metavar="[RUN]", help="A run's 
 
 
 @app.command()
-def chat(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/quickstart.")]) -> None:
+def chat(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/quickstart.")],
+    stage: Annotated[str | None, typer.Option(metavar="STAGE", help="ppo, sft or pretrain; the newest that is there.")] = None,
+    message: Annotated[str | None, typer.Option(help="Ask this alone, print the answer and end.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+) -> None:
     """Talk to the model that a run made."""
     from rlhf.chat import talk
 
-    talk(run_dir)
+    talk(run_dir, stage=stage, temperature=temperature, max_tokens=max_tokens, seed=seed, message=message)
 
 
 @data_app.command("list")

@@ -77,6 +77,7 @@ class Learner:
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         means = dict(zip(sums, (self._sum(torch.stack(list(sums.values()))) / total).tolist(), strict=True))
         if not (math.isfinite(grad_norm) and math.isfinite(means["loss"])):
+            self.optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
                 f"step {self.taken}: loss {means['loss']}, gradient norm {grad_norm}. The weights of the step before are kept; "
                 "lower learning_rate, or look at the data of this step"

@@ -26,12 +26,16 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from data.packing import PackedBatch
 from data.tokenizers import Tokenizer
 from rlhf.attention import PACKED, Segments
 from rlhf.errors import RecipeError
 from rlhf.recipe import Model
+
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # a missing reward head is told, and meant
 
 # Rows of logits alive at once: 2048 x 4096 fp32 = 32 MiB here, 2048 x 128k bf16 = 512 MiB on a GPU.
 LOGIT_ROWS = 2048
