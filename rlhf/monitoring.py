@@ -111,6 +111,14 @@ def say(text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, soft_wrap=True)
 
 
+def duration(seconds: float) -> str:
+    """`8.1 s`, `2 min 41 s`, `3 h 12 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def read_metrics(out: Path) -> dict[str, float | int | str]:
     """The final figures of a stage directory under their full names; empty when it has none yet."""
     path = out / "metrics.json"

@@ -23,7 +23,7 @@ from data.files import write_json
 from rlhf import artefacts, preflight, recipe_file
 from rlhf.artefacts import PARENTS, STAGES, Identity
 from rlhf.errors import RecipeError
-from rlhf.monitoring import Monitor, console, read_metrics, say
+from rlhf.monitoring import Monitor, console, duration, read_metrics, say
 from rlhf.recipe import Recipe
 
 StageFunction = Callable[[Recipe, dict[str, Path], Path, Monitor], None]
@@ -239,14 +239,6 @@ def _line(colour: str, sign: str, stage: str, head: str, *rest: str) -> None:
         console.print(tail, style="dim", markup=False, soft_wrap=True)
     else:
         say(f"{marks[sign]} {stage:<9} {head:<11} {tail}".rstrip())
-
-
-def duration(seconds: float) -> str:
-    """`8.1 s`, `2 min 41 s`, `3 h 12 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _number(value: float | int | str) -> str:

@@ -21,7 +21,7 @@ from rlhf.training import Task, Unit, Units, train
 
 
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
-    train("pretrain", recipe, inputs, out, monitor)
+    train("pretrain", task, recipe, inputs, out, monitor)
 
 
 def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:

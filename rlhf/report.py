@@ -18,8 +18,7 @@ from markupsafe import Markup
 
 from rlhf import charts
 from rlhf.artefacts import STAGES, read_json
-from rlhf.monitoring import read_metrics
-from rlhf.pipeline import duration
+from rlhf.monitoring import duration, read_metrics
 
 Summary = dict[str, Any]
 

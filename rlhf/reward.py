@@ -20,7 +20,7 @@ from rlhf.training import Task, Unit, Units, train
 
 
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
-    train("reward", recipe, inputs, out, monitor)
+    train("reward", task, recipe, inputs, out, monitor)
 
 
 def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:

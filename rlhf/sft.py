@@ -16,7 +16,7 @@ from rlhf.training import Task, Unit, Units, train
 
 
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
-    train("sft", recipe, inputs, out, monitor)
+    train("sft", task, recipe, inputs, out, monitor)
 
 
 def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from rlhf.artefacts import STAGES, read_json
 from rlhf.errors import RecipeError
-from rlhf.pipeline import duration, figures
+from rlhf.monitoring import duration
+from rlhf.pipeline import figures
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One training loop for pretrain, sft and reward. What differs between them is a `Task`.
 
-    train("pretrain", recipe, inputs, out, monitor)         # on the driver: Ray Train workers run `worker` below
+    train("pretrain", task, recipe, inputs, out, monitor)   # on the driver: Ray Train workers run `worker` below
 
 A task is a list of units (a window of text, a conversation, a comparison), each one or more packable samples, and a loss.
 Step s takes the units at places s * global_batch ... of the sample order; who computes which of them is decided by
@@ -49,7 +49,10 @@ class Task:
     steps: int
 
 
-def train(stage: str, recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
+TaskOf = Callable[[Recipe, dict[str, Path]], Task]  # called on every worker: what it opens is opened there
+
+
+def train(stage: str, task: TaskOf, recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
     """Train `stage` with Ray Train and leave `out/model`, its figures in `monitor`, checkpoints in `out/checkpoints`."""
 
     def on_report(values: dict[str, Any]) -> None:
@@ -64,6 +67,7 @@ def train(stage: str, recipe: Recipe, inputs: dict[str, Path], out: Path, monito
         plain["model"]["init"] = str(Path(recipe.model.init).expanduser().resolve())
     config = {
         "stage": stage,
+        "task": task,
         "recipe": plain,
         "inputs": {name: str(path.resolve()) for name, path in inputs.items()},
         "out": str(out.resolve()),
@@ -80,13 +84,10 @@ def layout(recipe: Recipe) -> Layout:
 
 def worker(config: dict[str, Any], report: Report) -> None:
     """The loop of one rank."""
-    from rlhf import pretrain, reward, sft
-
     recipe, out = Recipe.model_validate(config["recipe"]), Path(config["out"])
     inputs = {name: Path(path) for name, path in config["inputs"].items()}
-    stage = config["stage"]
-    task = {"pretrain": pretrain.task, "sft": sft.task, "reward": reward.task}[stage](recipe, inputs)
-    settings: Training = getattr(recipe, stage)
+    task: Task = config["task"](recipe, inputs)
+    settings: Training = getattr(recipe, config["stage"])
     rank, world = dist.get_rank(), dist.get_world_size()
     learner = Learner(task.model(), settings, task.steps)
 
