@@ -15,7 +15,7 @@ rows without it are split by the hash of what comes before the first answer, so 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import ray
 
 from data.chat import encode_answer, encode_chat, encode_prompt
-from data.cleaning import normalise, shares, text_id, validation_limit
+from data.cleaning import in_validation, normalise, shares, text_id, validation_limit
 from data.errors import DataError
 from data.files import sha256_of, write_json
 from data.pipeline import fetched, id_array
@@ -94,6 +94,21 @@ def prepare_prompts(
     return _prepare(files, tokenizer, out_dir, encode, PROMPTS, validation_fraction, max_broken_fraction)
 
 
+def training_texts(files: list[Path], validation_fraction: float) -> Iterator[str]:
+    """What is said in the conversations that are not held out: texts for a vocabulary that fits them. Broken rows are passed over."""
+
+    def convert(record: dict[str, Any]) -> dict[str, Any]:
+        messages = _messages(record)
+        if any("\ud800" <= c <= "\udfff" for m in messages for c in m["content"]):
+            raise Broken("half a surrogate pair in the text")
+        held_out = record.get("split") == "validation" or in_validation(_question(messages), validation_fraction)
+        return {"text": None if held_out else "\n".join(m["content"] for m in messages)}
+
+    with ordered():
+        for batch in read(files, convert, pa.schema([("text", pa.large_string())])).iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from batch["text"].drop_null().to_pylist()
+
+
 def _prepare(
     files: list[Path],
     tokenizer: Tokenizer,
@@ -112,9 +127,8 @@ def _prepare(
         split = record.get("split")
         if split not in (None, *SPLITS):
             raise Broken(f'"split" is {split!r}; it can be "train" or "validation"')
-        question = [m["content"] for m in messages[: next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)]]
         try:
-            return {"id": text_id("\0".join(question)), "split": split, **encode(fetched(reference), record, messages)}
+            return {"id": text_id(_question(messages)), "split": split, **encode(fetched(reference), record, messages)}
         except UnicodeEncodeError:
             raise Broken("half a surrogate pair in the text") from None
         except DataError as error:  # the template refuses this conversation, others may be fine
@@ -164,6 +178,12 @@ def _messages(record: dict[str, Any]) -> list[Message]:
     if not good:
         raise Broken('no messages: {"messages": [{"role": "user", "content": "..."}]} is needed')
     return [{"role": m["role"], "content": normalise(m["content"])} for m in messages or []]
+
+
+def _question(messages: list[Message]) -> str:
+    """What stands before the first answer; rows that share it are on the same side of the split."""
+    first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
+    return "\0".join(m["content"] for m in messages[:first])
 
 
 def _text(record: dict[str, Any], name: str) -> str:

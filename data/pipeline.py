@@ -10,9 +10,10 @@ Ray Data reads, cleans and tokenizes on all cores of all nodes. The driver sees 
 bytes for any number of workers. Finding duplicates and writing are the two steps that more nodes do not make faster.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ def prepare_text(
     validation_fraction: float,
     max_broken_fraction: float,
     shard_tokens: int,
+    more_texts: Iterable[str] = (),
 ) -> Tokenizer:
     """Write `out_dir`/{train,validation} (see `shards`), broken.jsonl and manifest.json; returns the tokenizer.
 
-    `tokenizer` is a ready one, or the size of a vocabulary to learn from the training documents. Needs a connected Ray.
+    `tokenizer` is a ready one, or the size of a vocabulary to learn from the training documents and `more_texts`: what the
+    model will read and write later is not always in the words of what it is pretrained on. Needs a connected Ray.
     Raises DataError when too many rows are broken or fewer than two different documents remain.
     """
     (out_dir / "manifest.json").unlink(missing_ok=True)
@@ -59,7 +62,7 @@ def prepare_text(
         again = repeated(ids)
         plan = Plan(skip=frozenset(map(tuple, keys[again].tolist())), limit=validation_limit(ids[~again], validation_fraction))
         if isinstance(tokenizer, int):
-            tokenizer = train(_training_texts(rows, plan), tokenizer)
+            tokenizer = train(chain(_training_texts(rows, plan), more_texts), tokenizer)
         manifests = _write(rows, plan, tokenizer, out_dir, shard_tokens)
     write_json(
         out_dir / "manifest.json",

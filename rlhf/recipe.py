@@ -82,7 +82,7 @@ class Data(Section):
 class Tokenizer(Section):
     encoding: Literal["train", "gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base", "model"] = key(
         "train",
-        "`train` learns a byte-level BPE on the pretraining texts; a name takes that tiktoken encoding; `model` takes `model.init`'s.",
+        "`train` learns a BPE on the pretraining and sft texts; a name takes that tiktoken encoding; `model` takes `model.init`'s.",
         source="https://github.com/openai/tiktoken",
     )
     vocab_size: int = key(4096, "Size of a trained vocabulary, special tokens included.", unit="tokens", ge=300)

@@ -35,6 +35,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             recipe.tokenizer.vocab_size if ready is None else ready,
             out / "pretrain",
             shard_tokens=recipe.data.shard_tokens,
+            more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction),
             **limits,
         )
         tokenizer.save(out / "tokenizer")
