@@ -9,7 +9,7 @@ from test_data_tokenizers import TRAINED
 
 from data import catalog, reading
 from data.errors import DataError
-from data.examples import Examples, prepare_chat, prepare_preferences, prepare_prompts
+from data.examples import Examples, prepare_chat, prepare_preferences, prepare_prompts, training_texts
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 OPTIONS: dict[str, Any] = {"max_tokens": 120, "validation_fraction": 0.2, "max_broken_fraction": 0.5}
@@ -117,3 +117,12 @@ def test_the_quickstarts_examples(cache_dir: Path, tmp_path: Path) -> None:
     learned = {t for c in ("chosen", "rejected") for t in texts(tmp_path / "pairs", "train", c)}
     said = {t.split("<|assistant|>")[1] for t in texts(tmp_path / "chat", "train", "tokens")}
     assert not held_out & (learned | said)
+
+
+def test_texts_for_a_vocabulary_are_those_that_are_not_held_out(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"messages": say(f"Question {i}?", f"Answer {i}.")} for i in range(40)]
+    rows += [{"messages": say("Fixed?", "No."), "split": "validation"}, {"messages": []}, {"messages": say("half \ud800", "x")}]
+    path = jsonl(tmp_path / "chat.jsonl", rows)
+    found = list(training_texts([path], 0.2))
+    assert 20 < len(found) < 40
+    assert set(found) < {f"Question {i}?\nAnswer {i}." for i in range(40)}

@@ -43,6 +43,9 @@ def test_windows_are_the_stream_cut_at_document_ends(
         assert shards.document_ids(i, length) == [number.to_bytes(16, "big").hex() for number in sorted(set(owners))]
     with pytest.raises(IndexError):
         shards.window(shards.windows(length), length)
+    assert shards.span(0, len(stream))[0].tolist() == [token for token, _ in stream]
+    with pytest.raises(IndexError):
+        shards.span(0, len(stream) + 1)
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
