@@ -26,6 +26,7 @@ install: $(READY)
 # torch goes first and alone, so that pip may choose its CPU build. The lock is complete, hence --no-deps: resolving would
 # bring in torchvision and torchaudio, whose CUDA builds break transformers beside a CPU torch.
 $(READY): requirements-cpu.lock pyproject.toml
+	@echo "installing into $(VENV): about 4 GB, 3 to 5 minutes"
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet torch==2.13.0

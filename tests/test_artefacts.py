@@ -51,6 +51,7 @@ def go(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
 
     stages = Stages()
     monkeypatch.setattr(pipeline, "connect", lambda address: nullcontext())
+    monkeypatch.setattr(pipeline, "_check_room", lambda recipe, stages: None)
     monkeypatch.setattr(pipeline, "_finish", lambda run_dir, ran: None)
 
     def run(*overrides: str, only: str | None = None, start: str | None = None) -> tuple[list[str], Stages]:
@@ -222,6 +223,7 @@ def stage(name):
 whole = pipeline.run
 pipeline.run = lambda recipe, only, start: whole(recipe, only, start, stage)
 pipeline.connect = lambda address: nullcontext()
+pipeline._check_room = lambda recipe, stages: None
 cli.main()
 """
 

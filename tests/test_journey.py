@@ -17,6 +17,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.rollout import CPU_ENV, ENGINE_ENV
+
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
 
@@ -136,6 +138,25 @@ def test_every_model_opens_in_plain_transformers(whole):
         assert out.shape[1] > ids.shape[1]
     judge = AutoModelForSequenceClassification.from_pretrained(whole / "reward" / "model")
     assert judge(torch.tensor([[5, 6, 7]])).logits.shape == (1, 1)
+
+
+VLLM = """
+import sys
+from vllm import LLM, SamplingParams
+llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128)
+answer = llm.chat([{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=8, temperature=0), use_tqdm=False)[0]
+print("ids", answer.prompt_token_ids)
+"""
+
+
+def test_the_model_opens_in_vllm_with_its_tokenizer_and_template(whole):
+    model = whole / "ppo" / "model"
+    env = os.environ | ENGINE_ENV | CPU_ENV
+    done = subprocess.run([sys.executable, "-c", VLLM, str(model)], text=True, capture_output=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    ids = AutoTokenizer.from_pretrained(model).apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    ids = ids if isinstance(ids, list) else ids["input_ids"]
+    assert done.stdout.splitlines()[-1] == f"ids {ids}"
 
 
 def test_a_second_run_skips_everything_and_says_why(whole):
