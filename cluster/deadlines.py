@@ -1,6 +1,8 @@
 """Every wait has a deadline, and the error names who is missing.
 
-values = wait({"policy[0]": ref, "critic[0]": other_ref}, seconds=600, what="update")
+    values = wait({"policy[0]": ref, "critic[0]": other_ref}, seconds=600, what="update")
+
+A wait that ends in an error does not wait for the rest.
 """
 
 import time

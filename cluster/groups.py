@@ -1,9 +1,11 @@
 """A group: the actors of one role, in their own placement group, forming one torch process group.
 
-group = Group("policy", PolicyWorker, demand, placement, args=(recipe, path), threads=2, ports=(20000, 30000))
-group.ready(seconds=600)
-refs = group.start("update", experience_ref)            # {"policy[0]": ref, "policy[1]": ref}
-results = wait(refs, seconds=600, what="PPO step 3: update")
+    group = Group("policy", PolicyWorker, demand, placement, args=(recipe, path), threads=2)
+    group.connect(ports=(20000, 30000), seconds=600)
+    refs = group.start("update", experience_ref)            # {"policy[0]": ref, "policy[1]": ref}
+    results = wait(refs, seconds=600, what="PPO step 3: update")
+
+Ranks follow the bundles of the placement group, which Ray packs onto as few nodes as it can.
 """
 
 import socket
@@ -68,7 +70,8 @@ class Group:
 
     def connect(self, ports: tuple[int, int], seconds: float) -> None:
         """Let the actors form one torch process group; a single CPU actor needs none."""
-        if len(self.actors) == 1 and not hardware_has_gpu(self.placement):
+        on_gpus = any("GPU" in bundle for bundle in self.placement.bundle_specs)
+        if len(self.actors) == 1 and not on_gpus:
             return
         where = wait({f"{self.name}[0]": self.actors[0].address.remote(ports)}, seconds, f"{self.name}: find a port")
         host, port = where[f"{self.name}[0]"]
@@ -83,7 +86,3 @@ class Group:
         for actor in self.actors:
             ray.kill(actor)
         remove_placement_group(self.placement)
-
-
-def hardware_has_gpu(placement: PlacementGroup) -> bool:
-    return any("GPU" in bundle for bundle in placement.bundle_specs)

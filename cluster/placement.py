@@ -1,8 +1,10 @@
 """Who gets which CPUs and GPUs: checked before anything starts, waited for with a deadline.
 
-demands = {"policy": Demand(workers=8, cpus=1, gpus=1), "rollout": Demand(workers=4, cpus=2, gpus=1)}
-check(demands)                              # ClusterError with a table when they can never fit
-groups = place(demands, seconds=30)         # {"policy": PlacementGroup, ...}
+    demands = {"policy": Demand(workers=8, cpus=1, gpus=1), "rollout": Demand(workers=4, cpus=2, gpus=1)}
+    check(demands)                              # ClusterError with a table when they can never fit
+    groups = place(demands, seconds=30)         # {"policy": PlacementGroup, ...}
+
+Amounts are Ray's: a group may ask for half a core, and `CUDA_VISIBLE_DEVICES` follows from the GPUs of a bundle.
 """
 
 import time

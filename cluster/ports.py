@@ -1,6 +1,8 @@
 """A free port within the range that the cluster's firewall lets through.
 
-port = free_port((20000, 30000))
+    port = free_port((20000, 30000))
+
+The port is free when it is looked at, and not held: whoever asks should listen soon.
 """
 
 import random

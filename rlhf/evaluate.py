@@ -115,7 +115,8 @@ def judge(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, sta
     weights = graph[role].start("weights")
     wait(graph["rollout"].start("update_weights", stage, weights[f"{role}[0]"]), seconds, f"weights of {stage}")
     rollouts = generate(graph, recipe, prompts, 0)
-    scoring = {name: graph[name].start(method, *rollouts) for name, method in _JUDGES}
+    scoring = {name: graph[name].start("log_probs", *rollouts) for name in ("policy", "reference")}
+    scoring["reward"] = graph["reward"].start("scores", *rollouts)
     found = {name: list(wait(refs, seconds, f"{stage}: {name}").values()) for name, refs in scoring.items()}
     rollout = merge(list(wait({f"rollout[{i}]": ref for i, ref in enumerate(rollouts)}, seconds, "rollout").values()))
     rewards = align(found["reward"], np.ones_like(rollout.index))
@@ -123,9 +124,6 @@ def judge(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, sta
     ends = np.cumsum(rollout.response_lengths) - 1
     kl = np.diff(np.cumsum((ours - reference).astype(np.float64))[ends], prepend=0.0)
     return rollout, rewards, kl
-
-
-_JUDGES = (("policy", "log_probs"), ("reference", "log_probs"), ("reward", "scores"))
 
 
 def compressors(shards: Path, tokenizer: Tokenizer) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """What a rollout is, and what it becomes: flat numpy arrays that Ray maps without copying.
 
-rollout = merge(parts)                          # of several engines, in sample order
-samples(rollout)                                # prompt + response as packable samples, response tokens counted
-align(parts, rollout.response_lengths)          # what the ranks of a role found, in sample order
+    rollout = merge(parts)                          # of several engines, in sample order
+    samples(rollout)                                # prompt + response as packable samples, response tokens counted
+    align(parts, rollout.response_lengths)          # what the ranks of a role found, in sample order
+
+Everything here is arithmetic on flat arrays; the roles in `roles.py` make the numbers.
 """
 
 from collections.abc import Sequence

@@ -96,6 +96,19 @@ def test_exit_code_of_a_users_mistake(dashboard: str) -> None:
     assert any("no recipe at recipes/nowhere.yaml" in line for line in lines)
 
 
+@pytest.mark.slow
+def test_the_quickstarts_recipe_runs_as_a_job(dashboard: str, tmp_path: Path, cache_dir: Path) -> None:
+    """Its first two stages, with fewer steps: Ray Data and Ray Train on a cluster that this process did not start."""
+    small = [f"runs_dir={tmp_path}", f"data.cache_dir={cache_dir}", "pretrain.steps=3", "model.layers=1", "tokenizer.vocab_size=512"]
+    for stage in ("data", "pretrain"):
+        command = [sys.executable, "-m", "rlhf.cli", "submit", "recipes/quickstart.yaml", "--address", dashboard, "--only", stage, *small]
+        done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{stage}  " in done.stdout
+        assert (tmp_path / "quickstart" / stage / "manifest.json").exists()
+    assert (tmp_path / "quickstart" / "pretrain" / "model" / "model.safetensors").exists()
+
+
 def test_local_joins_the_job_and_ctrl_c_stops_it(dashboard: str, tmp_path: Path) -> None:
     # one CPU more than this Ray of its own would have: only the job's cluster has the two of `dashboard`
     (tmp_path / "job.py").write_text(
