@@ -1,7 +1,7 @@
 """The actor graph: every role a group of actors in its own placement group, all there or none.
 
     with open_graph(recipe, {"rollout": engines(recipe, model, tokenizer), "policy": (PolicyWorker, (recipe, model))}) as graph:
-    graph["policy"].start("load", ...)
+        graph["policy"].start("load", ...)
 
 Which roles there are is up to the stage: PPO opens all five, evaluation those that judge.
 """
