@@ -138,7 +138,8 @@ def test_wrong_token(dashboard: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         submit(["true"], dashboard, tmp_path)
 
 
-def test_nobody_at_that_address(tmp_path: Path) -> None:
+def test_nobody_at_that_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # as for a command that starts; the session of other tests may run
     (port,) = free_ports(1)
     with pytest.raises(ClusterError, match=f"no Ray dashboard answers at http://127.0.0.1:{port}"):
         submit(["true"], f"http://127.0.0.1:{port}", tmp_path)

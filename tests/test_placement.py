@@ -37,6 +37,7 @@ class Sleeper(Worker):
 def pair(ray_session):
     demand = Demand(workers=2, cpus=0.5, gpus=0)
     group = Group("pair", Sleeper, demand, place({"pair": demand}, seconds=20)["pair"], args=(), threads=1)
+    wait(group.start("host"), 60, "start")
     yield group
     group.stop()
 
