@@ -6,7 +6,8 @@
     monitor.result("val_loss", 2.2)                 # a final figure: out/metrics.json and, as sft/val_loss, summary.json
     monitor.close()                                 # the pipeline calls this
 
-A name that already holds a slash (`sync/log_prob_gap`) is kept as it is. Use one Monitor per stage, on the driver.
+A name that already holds a slash (`sync/log_prob_gap`) is kept as it is. Who computes a step logs it: the driver in PPO, rank 0 in
+training. The driver shows progress and keeps results.
 """
 
 import json

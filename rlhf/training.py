@@ -57,7 +57,6 @@ def train(stage: str, task: TaskOf, recipe: Recipe, inputs: dict[str, Path], out
 
     def on_report(values: dict[str, Any]) -> None:
         if "step" in values:
-            monitor.log(values["step"], values["metrics"])
             monitor.progress(values["step"], values["steps"], values["text"])
         for name, value in values.get("results", {}).items():
             monitor.result(name, value)
@@ -96,6 +95,9 @@ def worker(config: dict[str, Any], report: Report) -> None:
         packed = (pack([s for i in some for s in units.get(ids[i])] or idle(units.get(ids[0]))) for some in share)
         return [Batch.of(one, learner.hardware.device) for one in packed]
 
+    # Rank 0 writes the curves, and before the checkpoint: workers outlive a killed driver by a second or two, and a
+    # checkpoint of that time must not stand without its curve.
+    curves = Monitor(config["stage"], out) if rank == 0 else None
     folder = out / "checkpoints"
     start = max(checkpoints.steps(folder), default=0)
     if start:
@@ -112,13 +114,16 @@ def worker(config: dict[str, Any], report: Report) -> None:
         if done % settings.validate_every == 0 or done == task.steps:
             validated = task.figures(validate(learner, task, batches, settings))
             metrics |= validated
-        report({"step": done, "steps": task.steps, "metrics": metrics, "text": text})
+        if curves is not None:
+            curves.log(done, metrics)
+        report({"step": done, "steps": task.steps, "text": text})
         if done % settings.checkpoint_every == 0 or done == task.steps:
             learner.save(folder, done)
     # A stage that was killed between its last checkpoint and its end comes here with nothing left to train.
     validated = validated or task.figures(validate(learner, task, batches, settings))
     state = full_weights(learner.model)
-    if rank == 0:
+    if curves is not None:
+        curves.close()
         save_model(learner.model.inner, state, load_tokenizer(inputs["data"] / "tokenizer"), out / "model")
     dist.barrier()
     parameters = sum(p.numel() for p in learner.model.parameters())
