@@ -1,4 +1,4 @@
-# make quickstart   raw text to a PPO-tuned chat model, about 13 minutes on 2 cores
+# make quickstart   raw text to a PPO-tuned chat model, about 16 minutes on 2 cores
 # make test         all tests
 # make lint         ruff and mypy
 # Needs Python 3.11, pip, make and a C compiler. Everything is installed into .venv, from requirements-cpu.lock.
