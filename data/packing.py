@@ -5,6 +5,9 @@
 
 A segment is one sample's run of tokens. Segments never see each other: attention gets `lengths`, positions start at 0
 in every segment, and the first token of a segment is never predicted (nothing stands before it).
+
+Answers to one prompt share it: `Sample(tokens, weights, lengths=[P, A, B], prefix=True)` holds a prompt of P tokens and two
+answers that both continue it. The prompt is computed once, and the results are those of two separate rows.
 """
 
 import heapq
@@ -28,6 +31,9 @@ class Sample:
     """Further arrays by name: `[t]`, one value per token, or 0-dimensional, one value for the sample."""
     lengths: list[int] | None = None
     """Segment lengths, summing to `t`. Default: the sample is one segment."""
+    prefix: bool = False
+    """The first segment is a prefix that every other one continues: it sees the prefix and itself, its positions go on from
+    the prefix's, and its first token is predicted from the prefix's last."""
 
 
 @dataclass
@@ -37,11 +43,15 @@ class PackedBatch:
     tokens: np.ndarray
     """int64 `[T]`."""
     positions: np.ndarray
-    """int64 `[T]`, from 0 in every segment."""
+    """int64 `[T]`, from 0 in every segment, or from the length of its prefix."""
+    before: np.ndarray
+    """int64 `[T]`: the place of the token that stands before token t in its text; its own place where nothing does."""
     lengths: list[int]
     """Segment lengths `[S]`, summing to T."""
+    prefixes: list[int]
+    """`[S]`: the segment that a segment continues, -1 for none."""
     weights: np.ndarray
-    """float32 `[T]`: the loss weight of predicting token t; 0 for the first token of each segment."""
+    """float32 `[T]`: the loss weight of predicting token t; 0 where nothing stands before it."""
     extras: dict[str, np.ndarray]
     """Per-token extras are `[T]`, per-sample extras are `[n]`."""
 
@@ -56,6 +66,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         raise ValueError("pack() needs at least one sample")
     names = samples[0].extras.keys()
     lengths: list[int] = []
+    prefixes: list[int] = []
     for number, sample in enumerate(samples):
         size = len(sample.tokens)
         segments = [size] if sample.lengths is None else sample.lengths
@@ -66,16 +77,21 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         for name, values in sample.extras.items():
             if np.ndim(values) and len(values) != size:
                 raise ValueError(f"sample {number}: extra {name!r} has {len(values)} values for {size} tokens")
+        prefixes += [-1] + [len(lengths) if sample.prefix else -1] * (len(segments) - 1)
         lengths.extend(segments)
 
-    sizes = np.asarray(lengths, dtype=np.int64)
-    starts = np.cumsum(sizes) - sizes
+    sizes, continued = np.asarray(lengths, dtype=np.int64), np.asarray(prefixes)
+    ends = np.cumsum(sizes)
+    starts, first = ends - sizes, continued < 0
     tokens = np.concatenate([np.asarray(s.tokens, dtype=np.int64) for s in samples])
     weights = np.concatenate([np.asarray(s.weights, dtype=np.float32) for s in samples])
-    weights[starts] = 0.0
-    positions = np.arange(len(tokens), dtype=np.int64) - np.repeat(starts, sizes)
+    weights[starts[first]] = 0.0
+    places = np.arange(len(tokens), dtype=np.int64)
+    positions = places - np.repeat(starts - np.where(first, 0, sizes[continued]), sizes)
+    before = places - 1
+    before[starts] = np.where(first, starts, ends[continued] - 1)
     extras = {name: np.concatenate([np.atleast_1d(s.extras[name]) for s in samples]) for name in names}
-    return PackedBatch(tokens, positions, lengths, weights, extras)
+    return PackedBatch(tokens, positions, before, lengths, prefixes, weights, extras)
 
 
 def balance(lengths: Sequence[int], workers: int, budget: int) -> list[list[list[int]]]:

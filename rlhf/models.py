@@ -46,9 +46,11 @@ class Batch:
     """A `data.packing.PackedBatch` as tensors on the compute device."""
 
     tokens: torch.Tensor  # int64 [T]
-    positions: torch.Tensor  # int64 [T], from 0 in every segment
+    positions: torch.Tensor  # int64 [T], from 0 in every segment, or from the length of its prefix
     segments: Segments
-    rows: torch.Tensor  # int64 [R]: the tokens that count; never the first of a segment
+    rows: torch.Tensor  # int64 [R]: the tokens that count; something stands before each of them
+    before: torch.Tensor  # int64 [R]: the place of what stands before each of them
+    owners: torch.Tensor  # int64 [R]: the segment each of them is in
     weights: torch.Tensor  # float32 [R]: how much each of them counts
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -61,11 +63,14 @@ class Batch:
     def of(cls, packed: PackedBatch, device: torch.device) -> "Batch":
         weights = torch.from_numpy(packed.weights)
         rows = weights.nonzero()[:, 0]
+        owners = torch.arange(len(packed.lengths)).repeat_interleave(torch.tensor(packed.lengths))
         return cls(
             torch.from_numpy(packed.tokens).to(device),
             torch.from_numpy(packed.positions).to(device),
-            Segments.of(packed.lengths, device),
+            Segments.of(packed.lengths, device, packed.prefixes),
             rows.to(device),
+            torch.from_numpy(packed.before)[rows].to(device),
+            owners[rows].to(device),
             weights[rows].to(device),
             {name: torch.as_tensor(value).to(device) for name, value in packed.extras.items()},
         )
@@ -79,9 +84,9 @@ class LanguageModel(nn.Module):
         self.inner = causal_lm
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-        """log p(tokens[r] | its segment before r) for r in batch.rows: float32 [R], of the distribution at `temperature`."""
+        """log p(tokens[r] | its text before r) for r in batch.rows: float32 [R], of the distribution at `temperature`."""
         hidden = hidden_states(self.inner, batch)
-        return log_probs(hidden[batch.rows - 1], self.inner.get_output_embeddings(), batch.tokens[batch.rows], temperature)
+        return log_probs(hidden[batch.before], self.inner.get_output_embeddings(), batch.tokens[batch.rows], temperature)
 
 
 class ScalarModel(nn.Module):

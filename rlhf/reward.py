@@ -36,25 +36,24 @@ def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
 
 
 def units(comparisons: Examples) -> Units:
-    """A comparison is two segments, chosen first; each one's last token counts half, so that weights count comparisons."""
+    """A comparison is one sample: the prompt, and the two answers that continue it, chosen first. Each answer's last token
+    counts half, so that weights count comparisons."""
 
     def comparison(i: int) -> Unit:
         row = comparisons[i]
-        return [_scored(np.concatenate([row["prompt"], row[answer]])) for answer in ("chosen", "rejected")]
+        parts = [row["prompt"], row["chosen"], row["rejected"]]
+        lengths = [len(part) for part in parts]
+        weights = np.zeros(sum(lengths), np.float32)
+        weights[np.cumsum(lengths)[1:] - 1] = 0.5
+        return [Sample(np.concatenate(parts), weights, lengths=lengths, prefix=True)]
 
-    lengths = 2 * comparisons.lengths("prompt") + comparisons.lengths("chosen") + comparisons.lengths("rejected")
+    lengths = comparisons.lengths("prompt") + comparisons.lengths("chosen") + comparisons.lengths("rejected")
     return Units(lengths.tolist(), comparison, comparisons.manifest_hash)
-
-
-def _scored(tokens: np.ndarray) -> Sample:
-    weights = np.zeros(len(tokens), np.float32)
-    weights[-1] = 0.5
-    return Sample(tokens, weights)
 
 
 def ranking_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     rewards = model(batch)[batch.last]
-    chosen, rejected = rewards[0::2], rewards[1::2]
+    chosen, rejected = rewards[1::3], rewards[2::3]
     counts = float(len(batch.rows) > 0)  # an idle rank's comparison is computed, for the others' sake, and counts nothing
     return counts * pairwise_ranking(chosen, rejected), {
         "accuracy": counts * (chosen > rejected).float().sum(),

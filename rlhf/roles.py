@@ -167,7 +167,7 @@ class CriticWorker(LearningRole):
     def values(self, *rollouts: Rollout) -> Scores:
         """V of the state before every response token, that is at the token before it."""
         self.learner.model.eval()
-        return self.score(rollouts, lambda batch: self.learner.model(batch)[batch.rows - 1], _per_response_token)
+        return self.score(rollouts, lambda batch: self.learner.model(batch)[batch.before], _per_response_token)
 
     def experience(self, rollouts: list[ObjectRef], parts: dict[str, list[ObjectRef]]) -> tuple[Experience, dict[str, float]]:
         """From the roles' shares to what the update needs, and the step's figures. Called on rank 0 alone.
@@ -181,7 +181,7 @@ class CriticWorker(LearningRole):
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         def loss(model: torch.nn.Module, batch: Batch) -> Sums:
-            now = model(batch)[batch.rows - 1]
+            now = model(batch)[batch.before]
             old, returns = batch.extras["values"][batch.rows], batch.extras["returns"][batch.rows]
             value, clipped = clipped_value(now, old, returns, self.config.value_clip_range)
             return value, {"clip_fraction": clipped}

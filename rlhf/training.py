@@ -145,4 +145,4 @@ def validate(learner: Learner, task: Task, batches: Callable[[Units, Sequence[in
 
 def idle(unit: Unit) -> Unit:
     """A unit for a rank that has none: it takes part in the collective operations and counts nothing."""
-    return [Sample(s.tokens, np.zeros(len(s.tokens), np.float32), s.extras, s.lengths) for s in unit]
+    return [Sample(s.tokens, np.zeros(len(s.tokens), np.float32), s.extras, s.lengths, s.prefix) for s in unit]

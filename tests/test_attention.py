@@ -1,14 +1,16 @@
 """A packed row must give every segment what it would get alone, in plain transformers."""
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import CPU, batch_of, causal_lm, plain_twin, sequences
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
+from data.packing import Sample, pack
 from rlhf.attention import PACKED, Segments
-from rlhf.models import Batch, hidden_states
+from rlhf.models import Batch, LanguageModel, hidden_states
 
 
 def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -83,3 +85,56 @@ def test_segments() -> None:
     assert segments.ends.tolist() == [0, 3, 4, 8]
     assert segments.ends.dtype == torch.int32
     assert batch_of(sequences([3, 1, 4])).last.tolist() == [2, 3, 7]
+
+
+def test_a_segment_must_stand_behind_its_prefix() -> None:
+    with pytest.raises(ValueError, match="segment 2 continues segment 0"):
+        Segments.of([3, 1, 4], CPU, prefixes=[-1, -1, 0])
+
+
+groups = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4)  # [prompt, answer, answer, ...]
+
+
+def shared_and_separate(lengths: list[list[int]], seed: int) -> tuple[Batch, Batch]:
+    """Prompts with their answers as one sample each, and the same texts as rows of their own. Every token of an answer counts."""
+    rng, shared, separate = np.random.default_rng(seed), [], []
+    for prompt, *answers in lengths:
+        texts = [rng.integers(0, 64, n) for n in (prompt, *answers)]
+        weights = [np.zeros(prompt, np.float32), *(rng.random(n, np.float32) + 0.1 for n in answers)]
+        shared.append(Sample(np.concatenate(texts), np.concatenate(weights), lengths=[prompt, *answers], prefix=True))
+        separate += [
+            Sample(np.concatenate([texts[0], text]), np.concatenate([weights[0], weight]))
+            for text, weight in zip(texts[1:], weights[1:], strict=True)
+        ]
+    return Batch.of(pack(shared), CPU), Batch.of(pack(separate or shared), CPU)
+
+
+@settings(max_examples=25, deadline=None)
+@given(groups, st.integers(0, 100))
+@example([[40, 8, 8], [4, 9, 9, 9]], 0)  # in pieces; in one call
+def test_shared_prefixes_equal_separate_rows(lengths: list[list[int]], seed: int) -> None:
+    """Log-probabilities of all answers and the gradients of all weights; a prompt without answers counts nothing."""
+    shared, separate = shared_and_separate(lengths, seed)
+    gradients, values = [], []
+    for batch in (shared, separate):
+        model = LanguageModel(causal_lm())
+        log_probs = model(batch)
+        (log_probs * batch.weights).sum().backward()
+        values.append(log_probs.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(shared.weights, separate.weights)
+    torch.testing.assert_close(values[0], values[1], atol=2e-5, rtol=1e-5)
+    for name, ours in gradients[0].items():
+        scale = max(float(gradients[1][name].abs().max()), 1e-3)
+        torch.testing.assert_close(ours, gradients[1][name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_answers_in_one_call_equal_answers_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(causal_lm())
+    found = []
+    for most_waste, pieces in ((0.0, 7), (100.0, 2)):
+        monkeypatch.setattr("rlhf.attention.MOST_WASTE", most_waste)
+        batch, _ = shared_and_separate([[12, 5, 7], [9, 3, 8, 1]], seed=1)
+        assert len(batch.segments.pieces) == pieces
+        found.append(model(batch))
+    torch.testing.assert_close(*found, atol=2e-6, rtol=1e-6)

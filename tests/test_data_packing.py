@@ -55,6 +55,19 @@ def test_pack_refuses_arrays_that_do_not_match(samples: list[Sample]) -> None:
         pack(samples)
 
 
+def test_answers_continue_their_shared_prompt() -> None:
+    samples = [
+        Sample(np.arange(10, 13), np.ones(3)),
+        Sample(np.arange(20, 27), np.ones(7), lengths=[3, 2, 2], prefix=True),
+    ]
+    batch = pack(samples)
+    assert batch.lengths == [3, 3, 2, 2]
+    assert batch.prefixes == [-1, -1, 1, 1]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4]
+    assert batch.before.tolist() == [0, 0, 1, 3, 3, 4, 5, 6, 5, 8]  # both answers begin after the prompt's last token
+    assert batch.weights.tolist() == [0, 1, 1, 0, 1, 1, 1, 1, 1, 1]
+
+
 @given(LENGTHS, st.integers(1, 5), st.integers(300, 2000))
 def test_balance_is_a_fair_partition(lengths: list[int], workers: int, budget: int) -> None:
     plan = balance(lengths, workers, budget)
