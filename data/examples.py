@@ -8,12 +8,14 @@ Rows in, as .jsonl (messages are [{"role": "user", "content": "..."}, ...]; "spl
 rows without it are split by the hash of what comes before the first answer, so one question is never on both sides):
 
     chat            {"messages"}                       -> tokens, mask (True: the model should learn to write it)
-    preferences     {"messages", "chosen", "rejected"} -> prompt, chosen, rejected: an answer follows the prompt and ends its turn
+    preferences     {"messages", "chosen", "rejected"} -> prompt, answers (best first, each ends its turn), scores
+                    {"messages", "ranked": [best, ..., worst]}   any number of answers from two on
     prompts         {"messages"}                       -> prompt
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,11 +37,11 @@ from data.tokenizers import Tokenizer
 
 IDS = pa.list_(pa.int32())
 CHAT = pa.schema([("tokens", IDS), ("mask", pa.list_(pa.bool_()))])
-PREFERENCES = pa.schema([("prompt", IDS), ("chosen", IDS), ("rejected", IDS)])
+PREFERENCES = pa.schema([("prompt", IDS), ("answers", pa.list_(IDS)), ("scores", pa.list_(pa.float32()))])
 PROMPTS = pa.schema([("prompt", IDS)])
 ROW_GROUP = 8192  # rows; fixed, so that a file's bytes do not depend on how Ray cut the blocks
 SPLITS = ("train", "validation")
-FORMAT = "roundhouse examples 1"
+FORMAT = "roundhouse examples 2"
 
 Encode = Callable[[Tokenizer, dict[str, Any], list[Message]], dict[str, list[Any]]]
 
@@ -66,16 +68,24 @@ def prepare_chat(
 def prepare_preferences(
     files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
 ) -> dict[str, Any]:
-    """Pairs -> columns `prompt`, `chosen`, `rejected`; those with prompt + answer over `max_tokens` are dropped and counted."""
+    """Rankings -> columns `prompt`, `answers` (best first) and `scores` (descending); returns the manifest.
+
+    Scores tell how far apart two answers are and which are tied: `"scores"` beside `"ranked"`, or `"margin"` beside `"chosen"`, in
+    any unit. Without them neighbours are 1 apart. Rankings with prompt + an answer over `max_tokens`, with equal answers, or
+    without a difference are dropped and counted.
+    """
 
     def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, list[Any]]:
+        texts, scores = _ranking(record)
         prompt = encode_prompt(tokenizer, messages)
-        answers = {name: encode_answer(tokenizer, _text(record, name)) for name in ("chosen", "rejected")}
-        if len(prompt) + max(map(len, answers.values())) > max_tokens:
+        answers = [encode_answer(tokenizer, text) for text in texts]
+        if len(prompt) + max(map(len, answers)) > max_tokens:
             raise Dropped(f"prompt + answer longer than {max_tokens} tokens")
-        if answers["chosen"] == answers["rejected"]:
-            raise Dropped("chosen equals rejected")
-        return {"prompt": prompt, **answers}
+        if len(set(map(tuple, answers))) < len(answers):
+            raise Dropped("two answers are equal")
+        if scores[0] == scores[-1]:
+            raise Dropped("no answer is better than another")
+        return {"prompt": prompt, "answers": answers, "scores": scores}
 
     return _prepare(files, tokenizer, out_dir, encode, PREFERENCES, validation_fraction, max_broken_fraction)
 
@@ -193,6 +203,23 @@ def _text(record: dict[str, Any], name: str) -> str:
     return normalise(text)
 
 
+def _ranking(record: dict[str, Any]) -> tuple[list[str], list[float]]:
+    """The answers, best first, and their scores."""
+    if "ranked" in record:
+        ranked = record["ranked"]
+        if not isinstance(ranked, list) or len(ranked) < 2:
+            raise Broken('"ranked" must be a list of two answers or more, best first')
+        texts = [_text({"ranked": text}, "ranked") for text in ranked]
+        scores = record.get("scores", list(range(len(texts) - 1, -1, -1)))
+    else:
+        texts = [_text(record, name) for name in ("chosen", "rejected")]
+        scores = [record.get("margin", 1), 0]
+    numbers = isinstance(scores, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in scores)
+    if not numbers or len(scores) != len(texts) or sorted(scores, reverse=True) != scores:
+        raise Broken(f"scores {scores} for {len(texts)} answers: one number each is needed, descending; a margin is not negative")
+    return texts, [float(x) for x in scores]
+
+
 class _Writer:
     """One parquet file, in row groups of ROW_GROUP."""
 
@@ -201,13 +228,13 @@ class _Writer:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         self.pending = columns.empty_table()
         self.rows = 0
-        self.tokens = dict.fromkeys((name for name in columns.names if name != "mask"), 0)
+        self.tokens = {field.name: 0 for field in columns if field.type in (IDS, pa.list_(IDS))}
         self.file = pq.ParquetWriter(self.partial, columns, compression="zstd")
 
     def add(self, rows: pa.Table) -> None:
         self.rows += len(rows)
         for name in self.tokens:
-            self.tokens[name] += pa.compute.sum(pa.compute.list_value_length(rows[name])).as_py() or 0
+            self.tokens[name] += int(_lengths(rows[name]).sum())
         self.pending = pa.concat_tables([self.pending, rows])
         while len(self.pending) >= ROW_GROUP:
             self.file.write_table(self.pending.slice(0, ROW_GROUP).combine_chunks())
@@ -247,13 +274,27 @@ class Examples:
         return len(self.table)
 
     def lengths(self, column: str) -> np.ndarray:
-        """Tokens in every row of `column`, int64 `[rows]`."""
-        return pa.compute.list_value_length(self.table[column]).to_numpy().astype(np.int64)
+        """Tokens in every row of `column`, of all its answers together, int64 `[rows]`."""
+        return _lengths(self.table[column])
 
-    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """Row i by column: ids as int64 `[t]`, `mask` as bool `[t]`."""
-        row = {}
-        for name in self.table.column_names:
-            values = self.table[name][i].values.to_numpy(zero_copy_only=False)
-            row[name] = values if name == "mask" else values.astype(np.int64)
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Row i by column: ids as int64 `[t]`, `mask` as bool `[t]`, `answers` as a list of ids, `scores` as float32 `[answers]`."""
+        row: dict[str, Any] = {}
+        for field in self.table.schema:
+            values = self.table[field.name][i].values
+            if field.type == pa.list_(IDS):
+                row[field.name] = [np.asarray(one, np.int64) for one in values.to_pylist()]
+            else:
+                found = values.to_numpy(zero_copy_only=False)
+                row[field.name] = found.astype(np.int64) if field.type == IDS else found
         return row
+
+
+def _lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """Tokens in every row of lists of ids, or of lists of lists of them, int64 `[rows]`."""
+    if column.type == pa.list_(IDS):
+        parts = pa.compute.list_value_length(column).to_numpy()
+        inner = pa.compute.list_value_length(pa.compute.list_flatten(column)).to_numpy().astype(np.int64)
+        ends = np.concatenate([[0], np.cumsum(inner)])[np.concatenate([[0], np.cumsum(parts)])]
+        return np.diff(ends)
+    return pa.compute.list_value_length(column).to_numpy().astype(np.int64)

@@ -1,4 +1,4 @@
-"""Losses: pure functions on tensors. Each returns a sum; the learner divides by the count over the whole global batch.
+"""Losses: pure functions on tensors. Each returns a sum, or the terms of one; the learner divides by the count over the whole global batch.
 
 A sum, because a mean over a micro-batch would weigh its tokens by how many neighbours they happen to have: with sums,
 8 samples at once equal 1 sample 8 times, and 1 worker equals 2.
@@ -13,9 +13,12 @@ def cross_entropy(log_probs: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
     return -(log_probs * weights).sum()
 
 
-def pairwise_ranking(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """-sum log sigmoid(r_chosen - r_rejected), for rewards float32 [P] each. Ouyang et al. 2022, arXiv:2203.02155, eq. 1."""
-    return -F.logsigmoid(chosen - rejected).sum()
+def pairwise_ranking(better: torch.Tensor, worse: torch.Tensor, margins: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """-log sigmoid(r_better - r_worse - margin), float32 [P], for rewards float32 [P] each.
+
+    Ouyang et al. 2022, arXiv:2203.02155, eq. 1; the margin after Touvron et al. 2023, arXiv:2307.09288, eq. 2.
+    """
+    return -F.logsigmoid(better - worse - margins)
 
 
 def clipped_policy(

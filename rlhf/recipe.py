@@ -68,7 +68,9 @@ class Data(Section):
         ..., "Conversations to fine-tune on: `name:chat`, or .jsonl files of {messages: [{role, content}]}.", min_length=1
     )
     preferences: list[Source] = key(
-        ..., "Human rankings: `name:preferences`, or .jsonl files of {messages, chosen, rejected}.", min_length=1
+        ...,
+        "Human rankings: `name:preferences`, or .jsonl files of {messages, chosen, rejected} or {messages, ranked: [best, ...]}.",
+        min_length=1,
     )
     prompts: list[Source] = key(..., "What PPO answers: `name:prompts`, or .jsonl files of {messages}.", min_length=1)
     cache_dir: str = key("~/.cache/roundhouse", "Where fetched corpora and rank files are kept.", unit="path")
@@ -152,10 +154,20 @@ class Sft(Training):
 
 
 class Reward(Training):
-    epochs: float = key(1, "Passes over the comparisons.", unit="epochs", gt=0)
-    global_batch: int = key(32, "Comparisons per optimizer step, over all workers.", unit="pairs", ge=1)
+    epochs: float = key(1, "Passes over the rankings.", unit="epochs", gt=0)
+    global_batch: int = key(32, "Rankings per optimizer step, over all workers; a pair is a ranking of two.", unit="rankings", ge=1)
     max_tokens: int = key(256, "Longer prompt + answer are dropped, and counted.", unit="tokens", ge=8)
     learning_rate: float = key(5e-4, "Peak learning rate.", unit="per step", gt=0)
+    margin_coef: float = key(
+        0.0,
+        "The better answer should lead by this times the difference of scores that the data gives (without scores: 1 per rank).",
+        unit="reward per score",
+        ge=0,
+        source="arXiv:2307.09288, eq. 2",
+    )
+    center_coef: float = key(
+        0.0, "Weight of (sum of a pair's two rewards) squared: keeps rewards near zero.", ge=0, source="arXiv:2312.09244"
+    )
 
 
 class Group(Section):

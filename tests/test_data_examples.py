@@ -24,6 +24,11 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def answers(folder: Path, split: str) -> list[list[str]]:
+    examples = Examples(folder, split)
+    return [[TRAINED.decode(a.tolist()) for a in examples[i]["answers"]] for i in range(len(examples))]
+
+
 def texts(folder: Path, split: str, column: str) -> list[str]:
     return [TRAINED.decode(row[column].tolist()) for row in Examples(folder, split)]  # type: ignore[attr-defined]
 
@@ -67,11 +72,10 @@ def test_preferences_and_prompts(tmp_path: Path) -> None:
     rows += [{"messages": say("no"), "chosen": "y"}]
     path = jsonl(tmp_path / "pairs.jsonl", rows)
     manifest = prepare_preferences([path], TRAINED, tmp_path / "pairs", **OPTIONS)
-    assert manifest["broken"] == manifest["dropped: chosen equals rejected"] == 1
+    assert manifest["broken"] == manifest["dropped: two answers are equal"] == 1
     assert manifest["dropped: prompt + answer longer than 120 tokens"] == 1
     assert manifest["train"]["rows"] + manifest["validation"]["rows"] == 30
-    assert set(texts(tmp_path / "pairs", "train", "chosen")) == {"Good.<|end|>"}
-    assert set(texts(tmp_path / "pairs", "train", "rejected")) == {"Bad.<|end|>"}
+    assert {tuple(ranked) for ranked in answers(tmp_path / "pairs", "train")} == {("Good.<|end|>", "Bad.<|end|>")}
 
     manifest = prepare_prompts([path], TRAINED, tmp_path / "prompts", **OPTIONS)
     assert manifest["train"]["rows"] + manifest["validation"]["rows"] == 33
@@ -104,6 +108,34 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
         Examples(tmp_path / "out", "train")
 
 
+def test_rankings_with_scores_margins_and_ties(tmp_path: Path) -> None:
+    q = say("Which?")
+    good = [
+        {"messages": q, "ranked": ["A.", "B.", "C."], "split": "train"},
+        {"messages": q, "ranked": ["A.", "B.", "C."], "scores": [2.5, 2.5, -1], "split": "train"},
+        {"messages": q, "chosen": "A.", "rejected": "B.", "margin": 0.5, "split": "train"},
+        {"messages": q, "chosen": "A.", "rejected": "B.", "split": "validation"},
+    ]
+    tied = {"messages": q, "ranked": ["A.", "B."], "scores": [1, 1]}
+    broken = [
+        {"messages": q, "ranked": ["A."]},
+        {"messages": q, "ranked": ["A.", 7]},
+        {"messages": q, "ranked": ["A.", "B."], "scores": [1, 2]},
+        {"messages": q, "ranked": ["A.", "B."], "scores": [1]},
+        {"messages": q, "ranked": ["A.", "B."], "scores": ["1", "0"]},
+        {"messages": q, "chosen": "A.", "rejected": "B.", "margin": -1},
+    ]
+    path = jsonl(tmp_path / "pairs.jsonl", [*good, tied, *broken])
+    manifest = prepare_preferences([path], TRAINED, tmp_path / "pairs", **OPTIONS | {"max_broken_fraction": 1})
+    assert manifest["broken"] == len(broken)
+    assert manifest["dropped: no answer is better than another"] == 1
+    train = Examples(tmp_path / "pairs", "train")
+    assert [train[i]["scores"].tolist() for i in range(len(train))] == [[2, 1, 0], [2.5, 2.5, -1], [0.5, 0]]
+    sizes = [sum(map(len, train[i]["answers"])) for i in range(len(train))]
+    assert train.lengths("answers").tolist() == sizes
+    assert manifest["train"]["tokens"]["answers"] == sum(sizes)
+
+
 def test_the_quickstarts_examples(cache_dir: Path, tmp_path: Path) -> None:
     options = OPTIONS | {"max_tokens": 256}
     files = [*catalog.resolve("chatterbot:chat", cache_dir), *catalog.resolve("rated-snippets:chat", cache_dir)]
@@ -113,8 +145,7 @@ def test_the_quickstarts_examples(cache_dir: Path, tmp_path: Path) -> None:
     assert 300 <= pairs["validation"]["rows"] <= 600
     prompts = prepare_prompts(catalog.resolve("rated-snippets:prompts", cache_dir), TRAINED, tmp_path / "prompts", **options)
     assert prompts["validation"]["rows"] >= 300
-    held_out = {t for c in ("chosen", "rejected") for t in texts(tmp_path / "pairs", "validation", c)}
-    learned = {t for c in ("chosen", "rejected") for t in texts(tmp_path / "pairs", "train", c)}
+    held_out, learned = ({t for ranked in answers(tmp_path / "pairs", split) for t in ranked} for split in ("validation", "train"))
     said = {t.split("<|assistant|>")[1] for t in texts(tmp_path / "chat", "train", "tokens")}
     assert not held_out & (learned | said)
 

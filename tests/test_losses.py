@@ -36,7 +36,7 @@ def test_cross_entropy(values: list[np.ndarray]) -> None:
 @given(rows(2))
 def test_pairwise_ranking(values: list[np.ndarray]) -> None:
     chosen, rejected = tensors(values)
-    loss = pairwise_ranking(chosen, rejected)
+    loss = pairwise_ranking(chosen, rejected).sum()
     expected = sum(math.log1p(math.exp(-(float(c) - float(r)))) for c, r in zip(*values, strict=True))
     assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
     loss.backward()
@@ -46,7 +46,7 @@ def test_pairwise_ranking(values: list[np.ndarray]) -> None:
 
 
 def test_pairwise_ranking_stays_finite() -> None:
-    loss = pairwise_ranking(torch.tensor([-500.0, 500.0]), torch.tensor([500.0, -500.0]))
+    loss = pairwise_ranking(torch.tensor([-500.0, 500.0]), torch.tensor([500.0, -500.0])).sum()
     assert loss.item() == pytest.approx(1000.0)
 
 
@@ -124,7 +124,7 @@ def test_gradients_equal_finite_differences(seed: int) -> None:
     a, b, c = (torch.randn(7, dtype=torch.float64, generator=rng) for _ in range(3))
     a.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, b), a)
-    assert torch.autograd.gradcheck(lambda x: pairwise_ranking(x, b), a)
+    assert torch.autograd.gradcheck(lambda x: pairwise_ranking(x, b).sum(), a)
     assert torch.autograd.gradcheck(lambda x: clipped_policy(x, b, c, 0.2)[0], a)
     assert torch.autograd.gradcheck(lambda x: clipped_value(x, b, c, 0.3)[0], a)
 
@@ -134,7 +134,7 @@ def test_sums_add_up() -> None:
     a, b, c = (torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3))
     for loss in (
         lambda i: cross_entropy(a[i], b[i]),
-        lambda i: pairwise_ranking(a[i], b[i]),
+        lambda i: pairwise_ranking(a[i], b[i]).sum(),
         lambda i: clipped_policy(a[i], b[i], c[i], 0.2)[0],
         lambda i: clipped_value(a[i], b[i], c[i], 0.2)[0],
     ):
