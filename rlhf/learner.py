@@ -15,6 +15,7 @@ Order in which a model is prepared, and why:
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,23 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from cluster import checkpoints
 from cluster.hardware import hardware
 from rlhf.errors import TrainingError
 from rlhf.models import Batch
+from rlhf.optimizers import learning_rate, optimizers
 from rlhf.recipe import Optimizer
+
+# What selective checkpointing keeps: the expensive part of a block. Norms, rotary embeddings and SwiGLU are cheap to compute again.
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+]
 
 # (model, micro-batch) -> (sum of the loss, further sums to report); the batch's weights say what the sum counts
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -48,11 +60,9 @@ class Learner:
         self.steps = steps
         self.peak = config.learning_rate if learning_rate is None else learning_rate
         self.world = dist.get_world_size() if dist.is_initialized() else 1
+        checkpoint_activations(model, config.activation_checkpointing)
         self.model = shard(model.to(self.hardware.device), self.world)
-        decay = [p for p in self.model.parameters() if p.ndim >= 2]
-        spare = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": spare, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=config.betas, eps=1e-8, fused=True)
+        self.optimizers = optimizers(self.model, config, self.peak)
         self.taken = 0
 
     def step(self, micro_batches: Sequence[Batch], loss: Loss) -> dict[str, float]:
@@ -77,16 +87,17 @@ class Learner:
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         means = dict(zip(sums, (self._sum(torch.stack(list(sums.values()))) / total).tolist(), strict=True))
         if not (math.isfinite(grad_norm) and math.isfinite(means["loss"])):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             raise TrainingError(
                 f"step {self.taken}: loss {means['loss']}, gradient norm {grad_norm}. The weights of the step before are kept; "
                 "lower learning_rate, or look at the data of this step"
             )
         rate = learning_rate(self.taken, self.steps, self.peak, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
         self.taken += 1
         return {**means, "grad_norm": grad_norm, "learning_rate": rate}
 
@@ -103,20 +114,30 @@ class Learner:
 
     def save(self, folder: Path, step: int) -> None:
         """Write checkpoint `folder/step_N`, sharded over the ranks; only whole checkpoints ever get that name."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizers)
         checkpoints.save(folder, step, {"model": model, "optimizer": optimizer}, {"optimizer_steps": self.taken})
 
     def load(self, folder: Path, step: int) -> None:
         """Continue exactly where checkpoint `folder/step_N` was written, on any number of ranks."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = get_state_dict(self.model, self.optimizers)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         self.taken = checkpoints.load(folder, step, state)["optimizer_steps"]
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(self.model, self.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+
+def checkpoint_activations(model: nn.Module, what: str) -> None:
+    """Keep less of each block for the backward pass: with `full` its input alone, with `selective` also its matmuls and attention."""
+    if what == "none":
+        return
+    how: dict[str, Any] = {"use_reentrant": False}
+    if what == "selective":
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+    model.inner.gradient_checkpointing_enable(how)  # type: ignore[union-attr, operator]
 
 
 def shard(model: nn.Module, world: int) -> nn.Module:
@@ -139,13 +160,3 @@ def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     tied = set(getattr(model.inner, "all_tied_weights_keys", {}) or {})
     return {name.removeprefix("inner."): t for name, t in state.items() if name.removeprefix("inner.") not in tied}
-
-
-def learning_rate(step: int, steps: int, peak: float, config: Optimizer) -> float:
-    """Linear warm-up from 0, then a cosine from the peak to `final_lr_fraction` of it at the last step."""
-    warmup = round(config.warmup_fraction * steps)
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    floor = config.final_lr_fraction
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

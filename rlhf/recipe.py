@@ -115,11 +115,22 @@ class Model(Section):
 class Optimizer(Section):
     """Fields shared by everything that trains."""
 
+    optimizer: Literal["adamw", "muon"] = key(
+        "adamw",
+        "`muon` moves the matrices of the blocks by Muon, all else by AdamW; the same rates fit both.",
+        source="arXiv:1711.05101; arXiv:2502.16982",
+    )
     learning_rate: float = key(1e-4, "Peak learning rate.", unit="per step", gt=0)
+    schedule: Literal["cosine", "linear", "wsd"] = key(
+        "cosine",
+        "How the rate falls from its peak; `wsd` keeps it and falls linearly over the last `decay_fraction` of the steps.",
+        source="arXiv:1608.03983; wsd: arXiv:2404.06395",
+    )
+    decay_fraction: float = key(0.2, "Share of the steps over which `wsd` falls.", unit="fraction", gt=0, le=1)
     warmup_fraction: float = key(0.05, "Share of the steps that ramp the rate up linearly from 0.", unit="fraction", ge=0, le=1)
     final_lr_fraction: float = key(
         0.1,
-        "Rate at the end of the cosine, relative to the peak; 1 keeps it constant.",
+        "Rate at the end of the schedule, relative to the peak; 1 keeps it constant.",
         unit="fraction",
         ge=0,
         le=1,
@@ -128,6 +139,11 @@ class Optimizer(Section):
     betas: tuple[float, float] = key((0.9, 0.95), "Decay rates of Adam's first and second moment.", source="arXiv:1711.05101")
     weight_decay: float = key(0.1, "Decoupled weight decay; norms and biases are spared.", ge=0, source="arXiv:1711.05101")
     max_grad_norm: float = key(1.0, "Gradients are scaled down to this global norm.", unit="L2 norm", gt=0, source="arXiv:1211.5063")
+    activation_checkpointing: Literal["none", "selective", "full"] = key(
+        "none",
+        "Less memory for more work: `full` computes each block twice, `selective` all of it but matmuls and attention.",
+        source="arXiv:1604.06174; arXiv:2205.05198",
+    )
     micro_batch: int = key(
         4096, "Tokens of one forward and backward pass of one worker; samples are packed up to it without padding.", unit="tokens", ge=16
     )

@@ -16,12 +16,15 @@ from tiny import batch_of, causal_lm, plain_twin, sequences
 from cluster import checkpoints
 from data.packing import balance
 from rlhf.errors import TrainingError
-from rlhf.learner import Learner, full_weights, learning_rate
+from rlhf.learner import Learner, full_weights
 from rlhf.losses import cross_entropy
 from rlhf.models import Batch, LanguageModel
+from rlhf.optimizers import learning_rate, orthogonal
 from rlhf.recipe import Optimizer
 
 CONFIG = Optimizer(learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.5, warmup_fraction=0.1)
+
+MUON = CONFIG.model_copy(update={"optimizer": "muon"})
 
 
 def loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -85,16 +88,67 @@ def test_equals_a_plain_loop() -> None:
 def test_fused_adam_equals_the_unfused_to_1e_6() -> None:
     """The same gradients: only the optimizer's kernel differs."""
     ours, theirs = learner(20), learner(20)
-    groups = [{**g, "params": g["params"]} for g in theirs.optimizer.param_groups]
-    theirs.optimizer = torch.optim.AdamW(
+    groups = [{**g, "params": g["params"]} for g in theirs.optimizers[0].param_groups]
+    adam = torch.optim.AdamW(
         [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups], lr=0.0, betas=(0.9, 0.95), eps=1e-8, foreach=False
     )
-    assert not theirs.optimizer.param_groups[0]["fused"]
+    theirs.optimizers = [adam]
+    assert not adam.param_groups[0]["fused"]
     for step in range(20):
         batch = batch_of(step_tokens(step))
         ours.step([batch], loss)
         theirs.step([batch], loss)
     torch.testing.assert_close(flat(ours), flat(theirs), atol=1e-6, rtol=1e-6)
+
+
+def test_muon_moves_the_matrices_of_the_blocks_and_adam_the_rest() -> None:
+    """One step by hand: momentum of the first gradient, its nearest orthogonal matrix by SVD, decay; and the loss falls."""
+    ours, by_adam = learner(30, MUON), learner(30)
+    before = {name: p.detach().clone() for name, p in ours.model.named_parameters()}
+    gradients: dict[str, torch.Tensor] = {}
+    for name, p in ours.model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: gradients.update({name: p.grad.clone()}))
+    metrics = ours.step([batch_of(step_tokens(0))], loss)
+    by_adam.step([batch_of(step_tokens(0))], loss)
+    adams = dict(by_adam.model.named_parameters())
+    rate = metrics["learning_rate"]
+    for name, p in ours.model.named_parameters():
+        if ".layers." in name and p.ndim == 2:
+            u, _, v = torch.linalg.svd(gradients[name].double(), full_matrices=False)
+            change = (before[name] * (1 - rate * 0.1) - p.detach()).double() / (rate * 0.2 * math.sqrt(max(p.shape)))
+            along = u.T @ change @ v.T  # diagonal, with singular values of an almost orthogonal matrix
+            strong = gradients[name].double().norm() * 1e-2 < torch.linalg.svdvals(gradients[name].double())
+            assert ((along.diagonal()[strong] > 0.65) & (along.diagonal()[strong] < 1.25)).all(), name
+            assert (along - along.diagonal().diag()).abs().max() < 0.02, name
+        else:
+            torch.testing.assert_close(p, adams[name], atol=1e-7, rtol=1e-6)
+    losses = [ours.step([batch_of(step_tokens(s))], loss)["loss"] for s in range(1, 20)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_orthogonal_of_tall_wide_and_nothing() -> None:
+    for shape in ((12, 5), (5, 12), (6, 6)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+        assert values.min() > 0.65
+        assert values.max() < 1.25
+    assert not orthogonal(torch.zeros(3, 4)).any()
+
+
+@pytest.mark.parametrize("kept", ["full", "selective"])
+def test_activation_checkpointing_changes_nothing_but_memory(kept: str) -> None:
+    plain, lean = learner(5), learner(5, CONFIG.model_copy(update={"activation_checkpointing": kept}))
+    held = []
+    for one in (plain, lean):
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            one.model.train()
+            loss(one.model, batch_of(step_tokens(0)))
+        held.append(sum(sizes))
+    assert held[1] < 0.8 * held[0] or kept == "selective"  # what a selective context keeps is not a saved tensor of autograd
+    for step in range(3):
+        batch = batch_of(step_tokens(step))
+        assert plain.step([batch], loss)["loss"] == pytest.approx(lean.step([batch], loss)["loss"], rel=1e-6)
+    torch.testing.assert_close(flat(plain), flat(lean), atol=1e-6, rtol=1e-5)
 
 
 def test_eight_at_once_equal_one_eight_times() -> None:
@@ -240,7 +294,14 @@ def two_ranks(rank: int, folder: Path) -> None:
         except TrainingError:
             stopped = True
         after = full_weights(ours.model)
-        torch.save({"history": history, "sums": sums, "stopped": stopped, "weights": before, "after": after}, folder / f"rank{rank}.pt")
+        by_muon = learner(6, MUON)
+        muon = [by_muon.step(share(s, rank, 2), loss) for s in range(3)]
+        by_muon.save(folder / "muon", 3)
+        muon.append(by_muon.step(share(3, rank, 2), loss))
+        more = {"muon": muon, "muon_weights": full_weights(by_muon.model)}
+        torch.save(
+            {**more, "history": history, "sums": sums, "stopped": stopped, "weights": before, "after": after}, folder / f"rank{rank}.pt"
+        )
     finally:
         dist.destroy_process_group()
 
@@ -266,6 +327,19 @@ def test_two_ranks_equal_one(by_two: tuple[Path, Callable[[int], dict]]) -> None
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4)
     sums = alone.evaluate(share(4, 0, 1), loss)
     assert result(0)["sums"] == pytest.approx(sums, rel=1e-4)
+
+
+def test_muon_on_two_ranks_equals_one(by_two: tuple[Path, Callable[[int], dict]]) -> None:
+    """Each rank holds half of a matrix, and orthogonalises all of it."""
+    folder, result = by_two
+    alone, resumed = learner(6, MUON), learner(6, MUON, seed=1)
+    for step, metrics in enumerate(result(0)["muon"]):
+        assert alone.step(share(step, 0, 1), loss)["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+    resumed.load(folder / "muon", 3)
+    resumed.step(share(3, 0, 1), loss)
+    for model in (alone.model, resumed.model):
+        for name, tensor in full_weights(model).items():
+            torch.testing.assert_close(result(0)["muon_weights"][name], tensor, atol=1e-4, rtol=1e-3)
 
 
 def test_one_rank_continues_what_two_began(by_two: tuple[Path, Callable[[int], dict]]) -> None:
