@@ -5,7 +5,9 @@ hw = hardware()                     # Hardware(device=cuda:0, dtype=bfloat16, ba
 """
 
 import os
+import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -35,3 +37,28 @@ def use_threads(count: int) -> None:
     """Give this process its share of the cores: two busy processes with 2 threads each on 2 cores collapse (10-100 times slower)."""
     os.environ["OMP_NUM_THREADS"] = str(count)
     torch.set_num_threads(count)
+
+
+# Dense bf16 by the makers' sheets, FLOP/s; a GPU that is not here is measured, like a CPU.
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+@cache
+def peak_flops() -> float:
+    """FLOP/s that this process can reach at most, in the dtype of `hardware()`: what MFU is a share of."""
+    hw = hardware()
+    if hw.is_gpu:
+        known = [peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name(hw.device)]
+        if known:
+            return known[0]
+    n = 8192 if hw.is_gpu else 1024
+    a, b = (torch.randn(n, n, device=hw.device, dtype=hw.dtype) for _ in range(2))
+    seconds = []
+    for _ in range(5):  # the best of five: 0.15 s on one core
+        began = time.perf_counter()
+        product = a @ b
+        if hw.is_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    del product
+    return 2 * n**3 / min(seconds)

@@ -265,6 +265,7 @@ class Examples:
             raise DataError(f"{folder / 'manifest.json'}: damaged ({error!r}): prepare the data again") from None
         if not path.exists() or sha256_of(path) != expected:
             raise DataError(f"{path}: missing, or its sha256 is not the manifest's: prepare the data again")
+        self.path = path
         self.table = pq.read_table(path).combine_chunks()
         self.fingerprint: str = self.manifest["tokenizer"]
         self.manifest_hash = hashlib.sha256(text).hexdigest()
@@ -272,6 +273,10 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def source(self, i: int) -> list[str]:
+        """Where example i stands, for a message about it."""
+        return [f"row {i} of {self.path}"]
 
     def lengths(self, column: str) -> np.ndarray:
         """Tokens in every row of `column`, of all its answers together, int64 `[rows]`."""

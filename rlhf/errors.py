@@ -21,6 +21,17 @@ class TrainingError(RuntimeError):
     """Training cannot go on: a loss that is not finite, an engine that disagrees with its policy. The last checkpoint stands."""
 
 
+class NotFinite(TrainingError):
+    """A loss or a gradient is not finite. `places`: (rank, micro-batch) of each micro-batch that shows it, if any does."""
+
+    def __init__(self, text: str, places: list[tuple[int, int]]) -> None:
+        super().__init__(text, places)  # both, so that it survives pickling between Ray's processes
+        self.places = places
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 USER_ERRORS = (RecipeError, DataError, ClusterError, TrainingError)
 
 

@@ -14,6 +14,7 @@ Order in which a model is prepared, and why:
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from cluster import checkpoints
 from cluster.hardware import hardware
-from rlhf.errors import TrainingError
+from rlhf.errors import NotFinite
 from rlhf.models import Batch
 from rlhf.optimizers import learning_rate, optimizers
 from rlhf.recipe import Optimizer
@@ -64,14 +65,16 @@ class Learner:
         self.model = shard(model.to(self.hardware.device), self.world)
         self.optimizers = optimizers(self.model, config, self.peak)
         self.taken = 0
+        self.layer_norms: dict[str, float] = {}
 
     def step(self, micro_batches: Sequence[Batch], loss: Loss) -> dict[str, float]:
         """One optimizer step on this rank's micro-batches of a global batch.
 
         Gradients are those of (sum of the loss over all ranks) / (count over all ranks). Every rank must bring the same
-        number of micro-batches. Returns `loss`, `grad_norm`, `learning_rate` and each further sum divided by the count.
+        number of micro-batches. Returns `loss`, `grad_norm`, `learning_rate` and each further sum divided by the count;
+        `layer_norms` then holds every layer's gradient norm before clipping.
 
-        Raises TrainingError when the loss or the gradient is not finite; the weights are then untouched.
+        Raises NotFinite when the loss or the gradient is not finite; the weights are then untouched.
         """
         self.model.train()
         counts = [batch.weights.sum() for batch in micro_batches]
@@ -83,15 +86,17 @@ class Learner:
             (value * (self.world / total.float())).backward()
             for name, part in {"loss": value.detach(), **further}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=part.device)) + part.double()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        means = dict(zip(sums, (self._sum(torch.stack(list(sums.values()))) / total).tolist(), strict=True))
+        gradients = layer_gradients(self.model)
+        squares = [torch.stack(torch._foreach_norm(of_layer)).double().square().sum() for of_layer in gradients.values()]
+        found = self._sum(torch.stack([*sums.values(), *squares])).tolist()  # one meeting of the ranks for all figures
+        means = {name: value / total.item() for name, value in zip(sums, found, strict=False)}
+        self.layer_norms = dict(zip(gradients, (x**0.5 for x in found[len(sums) :]), strict=True))
+        grad_norm = math.hypot(*self.layer_norms.values())
         if not (math.isfinite(grad_norm) and math.isfinite(means["loss"])):
             self.model.zero_grad(set_to_none=True)
-            raise TrainingError(
-                f"step {self.taken}: loss {means['loss']}, gradient norm {grad_norm}. The weights of the step before are kept; "
-                "lower learning_rate, or look at the data of this step"
-            )
+            raise self._not_finite(micro_batches, loss, means["loss"])
+        if grad_norm > self.config.max_grad_norm:
+            torch._foreach_mul_([g for of_layer in gradients.values() for g in of_layer], self.config.max_grad_norm / (grad_norm + 1e-6))
         rate = learning_rate(self.taken, self.steps, self.peak, self.config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -100,6 +105,40 @@ class Learner:
         self.model.zero_grad(set_to_none=True)
         self.taken += 1
         return {**means, "grad_norm": grad_norm, "learning_rate": rate}
+
+    @torch.no_grad()
+    def _not_finite(self, micro_batches: Sequence[Batch], loss: Loss, value: float) -> NotFinite:
+        """Which layer and which micro-batches of which rank. All ranks compute their losses once more, watched."""
+        first: list[str] = []
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                if not first and isinstance(hidden, torch.Tensor) and not hidden.isfinite().all():
+                    first.append(name)
+
+            return hook
+
+        outermost = {layer_of(name): module for name, module in reversed(list(self.model.named_modules())) if layer_of(name)}
+        hooks = [module.register_forward_hook(watch(name)) for name, module in outermost.items()]
+        culprits = []
+        for i, batch in enumerate(micro_batches):
+            first.clear()
+            part = float(loss(self.model, batch)[0])
+            if first or not math.isfinite(part):
+                culprits.append((i, first[0] if first else "the loss"))
+        for hook in hooks:
+            hook.remove()
+        of_ranks = [culprits]
+        if self.world > 1:
+            of_ranks = [[] for _ in range(self.world)]
+            dist.all_gather_object(of_ranks, culprits)
+        bad = [(rank, i, where) for rank, some in enumerate(of_ranks) for i, where in some]
+        # Backward goes from the last layer to the first: what is not finite began in the last one that shows it.
+        backward = [layer for layer, norm in self.layer_norms.items() if not math.isfinite(norm)]
+        where = bad[0][2] if bad else f"the gradient of {backward[-1]}"
+        text = f"step {self.taken}: the loss is {value}; what is not finite begins in {where}. The weights of the step before are kept"
+        return NotFinite(text, [(rank, i) for rank, i, _ in bad])
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch], loss: Loss) -> dict[str, float]:
@@ -138,6 +177,23 @@ def checkpoint_activations(model: nn.Module, what: str) -> None:
     if what == "selective":
         how["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
     model.inner.gradient_checkpointing_enable(how)  # type: ignore[union-attr, operator]
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter or module: "layers.3" for what is in a block, "embed_tokens", "norm", "score", ... elsewhere."""
+    if block := re.search(r"\b(?:layers|h)\.\d+", name):
+        return block[0]
+    parts = [part for part in name.split(".") if part not in ("inner", "model", "transformer", "layers", "h", "weight", "bias")]
+    return parts[0] if parts else ""
+
+
+def layer_gradients(model: nn.Module) -> dict[str, list[torch.Tensor]]:
+    """This rank's part of all gradients, by layer from first to last."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            found.setdefault(layer_of(name), []).append(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad)
+    return found
 
 
 def shard(model: nn.Module, world: int) -> nn.Module:

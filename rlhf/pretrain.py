@@ -53,7 +53,10 @@ def windows(shards: TokenShards, length: int) -> Units:
         tokens, lengths = shards.window(i, length)
         return [Sample(tokens, np.ones(length, np.float32), lengths=lengths)]
 
-    return Units([length] * shards.windows(length), window, shards.manifest_hash)
+    def documents(i: int) -> list[str]:
+        return [f"document {name[:12]} of {shards.folder}" for name in shards.document_ids(i, length)]
+
+    return Units([length] * shards.windows(length), window, shards.manifest_hash, documents)
 
 
 def every_token(shards: TokenShards, length: int) -> Units:
@@ -65,7 +68,7 @@ def every_token(shards: TokenShards, length: int) -> Units:
         tokens, segments = shards.span(starts[i], starts[i] + lengths[i])
         return [Sample(tokens, np.ones(len(tokens), np.float32), lengths=segments)]
 
-    return Units(lengths, window, shards.manifest_hash)
+    return Units(lengths, window, shards.manifest_hash, lambda i: [f"tokens from {starts[i]} of {shards.folder}"])
 
 
 def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -59,7 +59,7 @@ def units(rankings: Examples) -> Units:
         weights[last], scores[last] = 1 / len(last), row["scores"]
         return [Sample(np.concatenate(parts), weights, {"scores": scores}, lengths, prefix=True)]
 
-    return Units((rankings.lengths("prompt") + rankings.lengths("answers")).tolist(), ranking, rankings.manifest_hash)
+    return Units((rankings.lengths("prompt") + rankings.lengths("answers")).tolist(), ranking, rankings.manifest_hash, rankings.source)
 
 
 def median_gap(rankings: Examples) -> float:

@@ -36,4 +36,4 @@ def units(conversations: Examples) -> Units:
         row = conversations[i]
         return [Sample(row["tokens"], row["mask"])]
 
-    return Units(conversations.lengths("tokens").tolist(), conversation, conversations.manifest_hash)
+    return Units(conversations.lengths("tokens").tolist(), conversation, conversations.manifest_hash, conversations.source)

@@ -7,7 +7,7 @@ Step s takes the units at places s * global_batch ... of the sample order; who c
 `balance`, the same on every worker, so the number of workers changes the speed and not the curve.
 """
 
-import time
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,9 @@ from cluster.training import Layout, Report, fit
 from data.order import batch_indices
 from data.packing import Sample, balance, pack
 from data.tokenizers import load as load_tokenizer
+from rlhf.efficiency import Clock
+from rlhf.errors import NotFinite
+from rlhf.health import Health
 from rlhf.learner import Learner, Loss, full_weights
 from rlhf.models import Batch, save_model
 from rlhf.monitoring import Monitor
@@ -37,6 +40,7 @@ class Units:
     lengths: Sequence[int]
     get: Callable[[int], Unit]
     hash: str  # of the data; the sample order depends on it
+    documents: Callable[[int], list[str]]  # where unit i comes from, for a person who looks into it
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ def train(stage: str, task: TaskOf, recipe: Recipe, inputs: dict[str, Path], out
     """Train `stage` with Ray Train and leave `out/model`, its figures in `monitor`, checkpoints in `out/checkpoints`."""
 
     def on_report(values: dict[str, Any]) -> None:
+        if "warning" in values:
+            monitor.say(values["warning"])
         if "step" in values:
             monitor.progress(values["step"], values["steps"], values["text"])
         for name, value in values.get("results", {}).items():
@@ -90,9 +96,11 @@ def worker(config: dict[str, Any], report: Report) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     learner = Learner(task.model(), settings, task.steps)
 
+    def plan(units: Units, ids: Sequence[int]) -> list[list[list[int]]]:
+        return balance([units.lengths[i] for i in ids], world, settings.micro_batch)
+
     def batches(units: Units, ids: Sequence[int]) -> list[Batch]:
-        share = balance([units.lengths[i] for i in ids], world, settings.micro_batch)[rank]
-        packed = (pack([s for i in some for s in units.get(ids[i])] or idle(units.get(ids[0]))) for some in share)
+        packed = (pack([s for i in some for s in units.get(ids[i])] or idle(units.get(ids[0]))) for some in plan(units, ids)[rank])
         return [Batch.of(one, learner.hardware.device) for one in packed]
 
     # Rank 0 writes the curves, and before the checkpoint: workers outlive a killed driver by a second or two, and a
@@ -102,14 +110,28 @@ def worker(config: dict[str, Any], report: Report) -> None:
     start = max(checkpoints.steps(folder), default=0)
     if start:
         learner.load(folder, start)
+    health, clock = Health(), Clock(learner.model, world)
     validated = {}
     for step in range(start, task.steps):
-        began = time.monotonic()
-        ids = batch_indices(recipe.seed, step, settings.global_batch, len(task.train.lengths), task.train.hash)
-        metrics = learner.step(batches(task.train, ids.tolist()), task.loss)
+        clock.start()
+        ids = batch_indices(recipe.seed, step, settings.global_batch, len(task.train.lengths), task.train.hash).tolist()
+        mine = batches(task.train, ids)
+        clock.data_is_there()
+        try:
+            metrics = learner.step(mine, task.loss)
+        except NotFinite as error:
+            bad = [ids[i] for at, k in error.places for i in plan(task.train, ids)[at][k]] or ids
+            raise NotFinite(
+                f"{error}. In this step: {named(task.train, bad)}. Look at them, or lower learning_rate", error.places
+            ) from None
         done = step + 1
-        tokens = sum(task.train.lengths[i] for i in ids)
-        metrics["tokens_per_second"] = tokens / (time.monotonic() - began)
+        metrics |= clock.stop(sum(task.train.lengths[i] for i in ids), mine)
+        for warning in health.observe(done, metrics["loss"], learner.layer_norms):
+            text = f"step {done}: {warning.text}. In this step: {named(task.train, ids)}"
+            report({"warning": text})
+            if curves is not None:
+                with (out / "warnings.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": done, **vars(warning), "documents": sources(task.train, ids)}) + "\n")
         text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s"
         if done % settings.validate_every == 0 or done == task.steps:
             validated = task.figures(validate(learner, task, batches, settings))
@@ -127,7 +149,17 @@ def worker(config: dict[str, Any], report: Report) -> None:
         save_model(learner.model.inner, state, load_tokenizer(inputs["data"] / "tokenizer"), out / "model")
     dist.barrier()
     parameters = sum(p.numel() for p in learner.model.parameters())
-    report({"results": {**validated, "steps": task.steps, "parameters": parameters}})
+    report({"results": {**validated, "steps": task.steps, "parameters": parameters, **clock.summary()}})
+
+
+def sources(units: Units, ids: Sequence[int]) -> list[str]:
+    """The documents of these units, each once."""
+    return list(dict.fromkeys(document for i in ids for document in units.documents(i)))
+
+
+def named(units: Units, ids: Sequence[int], most: int = 4) -> str:
+    found = sources(units, ids)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def validate(learner: Learner, task: Task, batches: Callable[[Units, Sequence[int]], list[Batch]], settings: Training) -> dict[str, float]:

@@ -15,7 +15,7 @@ from tiny import batch_of, causal_lm, plain_twin, sequences
 
 from cluster import checkpoints
 from data.packing import balance
-from rlhf.errors import TrainingError
+from rlhf.errors import NotFinite, TrainingError
 from rlhf.learner import Learner, full_weights
 from rlhf.losses import cross_entropy
 from rlhf.models import Batch, LanguageModel
@@ -184,6 +184,41 @@ def test_a_micro_batch_that_counts_nothing() -> None:
     assert torch.equal(flat(a), flat(b))
 
 
+def test_layer_norms_add_up_to_the_gradients_norm() -> None:
+    ours = learner(5)
+    metrics = ours.step([batch_of(step_tokens(0))], loss)
+    assert list(ours.layer_norms) == ["embed_tokens", "layers.0", "layers.1", "norm"]
+    assert metrics["grad_norm"] == pytest.approx(math.hypot(*ours.layer_norms.values()))
+
+
+def test_the_layer_and_the_micro_batch_that_broke_are_named() -> None:
+    """An activation of the second block overflows on one token, which only the second micro-batch holds; nothing is learned."""
+    ours, tokens = learner(5), [np.array([1, 2, 3, 4]), np.array([1, 9, 3, 4])]
+
+    def overflow(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return output * torch.where(batch_in_work.tokens == 9, math.inf, 1.0)[None, :, None]
+
+    def watched(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        nonlocal batch_in_work
+        batch_in_work = batch
+        return loss(model, batch)
+
+    batch_in_work = batch_of(tokens)
+    ours.model.inner.model.layers[1].mlp.register_forward_hook(overflow)
+    before = flat(ours)
+    with pytest.raises(NotFinite, match=r"step 0: .* begins in layers\.1\.") as caught:
+        ours.step([batch_of([t]) for t in tokens], watched)
+    assert caught.value.places == [(0, 1)]
+    assert torch.equal(flat(ours), before)
+
+
+def test_a_gradient_that_is_not_finite_is_traced_to_its_layer() -> None:
+    ours = learner(5)
+    ours.model.inner.model.layers[0].mlp.down_proj.weight.register_hook(lambda g: g * math.inf)
+    with pytest.raises(NotFinite, match=r"begins in the gradient of layers\.0"):
+        ours.step([batch_of(step_tokens(0))], loss)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_and_spares_the_weights(bad: float) -> None:
     ours = learner(5)
@@ -194,7 +229,7 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_weights(bad: float) -> N
         value, further = loss(model, batch)
         return value * bad, further
 
-    with pytest.raises(TrainingError, match=r"step 1: loss (nan|inf)"):
+    with pytest.raises(TrainingError, match=r"step 1: the loss is (nan|inf); what is not finite begins in the loss"):
         ours.step([batch_of(step_tokens(1))], poisoned)
     assert torch.equal(flat(ours), before)
     assert ours.taken == 1
