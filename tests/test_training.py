@@ -1,0 +1,95 @@
+"""The training loop of one rank, in this process: it tells which documents made trouble, and how well the machine was used."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import causal_lm
+
+from data.order import batch_indices
+from data.packing import Sample
+from data.tokenizers import train as train_tokenizer
+from rlhf.errors import NotFinite
+from rlhf.health import LEAST
+from rlhf.losses import cross_entropy
+from rlhf.models import Batch, LanguageModel
+from rlhf.recipe import Recipe
+from rlhf.training import Task, Units, worker
+
+STEPS, BATCH, UNITS = 30, 4, 200
+RECIPE: dict[str, Any] = {
+    "name": "t",
+    "data": {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")},
+    "pretrain": {
+        "steps": STEPS,
+        "global_batch": BATCH,
+        "micro_batch": 24,
+        "validate_every": 10,
+        "checkpoint_every": 100,
+        "sequence_length": 16,
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('store')}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def run(folder: Path, spoiled: int, factor: float) -> list[dict[str, Any]]:
+    """Train on units of easy text; the loss of a micro-batch that holds unit `spoiled` is multiplied. -> what was reported."""
+
+    def unit(i: int) -> list[Sample]:
+        tokens = np.random.default_rng(i).integers(0, 7, 12)
+        return [Sample(np.where(i == spoiled, 63, tokens), np.ones(12, np.float32))]
+
+    def loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return cross_entropy(model(batch), batch.weights) * (factor if (batch.tokens == 63).any() else 1.0), {}
+
+    def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
+        units = Units([12] * UNITS, unit, "hash", lambda i: [f"row {i} of a.jsonl"])
+        held_out = Units([12] * 5, lambda i: unit(UNITS + i), "held out", lambda i: [f"row {i}"])
+        return Task(
+            lambda: LanguageModel(causal_lm()), units, held_out, loss, lambda sums: {"val_loss": sums["loss"] / sums["count"]}, STEPS
+        )
+
+    train_tokenizer(["a few words"] * 10, 269).save(folder / "data" / "tokenizer")
+    reports: list[dict[str, Any]] = []
+    config = {"stage": "pretrain", "task": task, "recipe": RECIPE, "inputs": {"data": str(folder / "data")}, "out": str(folder)}
+    worker(config, reports.append)
+    return reports
+
+
+def unit_of_step(step: int) -> int:
+    return int(batch_indices(0, step, BATCH, UNITS, "hash")[1])
+
+
+def test_a_nan_names_its_documents_and_no_others(tmp_path: Path) -> None:
+    bad = unit_of_step(3)
+    with pytest.raises(NotFinite, match=r"step 3: the loss is nan.*In this step: row \d+ of a\.jsonl, row \d+ of a\.jsonl\.") as caught:
+        run(tmp_path, spoiled=bad, factor=math.nan)
+    assert f"row {bad} of a.jsonl" in str(caught.value)  # its micro-batch holds two units of the step's four
+
+
+def test_a_spike_is_told_with_its_documents_and_training_goes_on(tmp_path: Path) -> None:
+    bad = unit_of_step(LEAST + 5)
+    reports = run(tmp_path, spoiled=bad, factor=20.0)
+    warnings = [r["warning"] for r in reports if "warning" in r]
+    assert any(w.startswith(f"step {LEAST + 6}: the loss is") and f"row {bad} of a.jsonl" in w for w in warnings)
+    kept = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    assert all(f"row {bad} of a.jsonl" in line["documents"] for line in kept if line["step"] == LEAST + 6)
+    results = reports[-1]["results"]
+    assert results["steps"] == STEPS
+    assert 0 < results["goodput"] <= 1
+    assert results["memory_gib"] > 0.1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(0 < row["pretrain/mfu"] < 2 and 0 <= row["pretrain/data_wait_share"] < 1 for row in rows)
