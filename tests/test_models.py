@@ -24,6 +24,7 @@ from rlhf.models import (
     new_causal_lm,
     save_model,
 )
+from rlhf.recipe import PRESETS, Model
 
 VOCAB = 261  # 256 bytes and 5 special tokens
 
@@ -180,3 +181,19 @@ def test_tokenizer_must_fit_the_model(directory: Path, tokenizer: Tokenizer) -> 
     (directory / "config.json").write_text(json.dumps({**config, "vocab_size": VOCAB - 1}))
     with pytest.raises(RecipeError, match=r"261 ids .* 260 embedding rows"):
         check_vocabulary(directory, tokenizer)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_has_the_parameters_of_its_name(preset: str) -> None:
+    """With the vocabulary of the family it comes from; counted without a byte of memory."""
+    million = float(preset[:-1]) * {"m": 1, "b": 1000}[preset[-1]]
+    vocab = 4096 if million < 100 else 49152 if preset in ("135m", "360m", "1.7b") else 128256
+    with torch.device("meta"):
+        model = new_causal_lm(Model(preset=preset), vocab, end_of_text=0, seed=0)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(million, rel=0.08 if preset != "1b" else 0.25)
+
+
+def test_a_size_beside_a_preset_counts_more() -> None:
+    model = Model(preset="135m", layers=3)
+    assert (model.layers, model.hidden_size, model.kv_heads) == (3, 576, 3)
+    assert Model.model_validate(model.model_dump()) == model
