@@ -107,7 +107,7 @@ CATALOG: dict[str, Dataset] = {
         Dataset(
             "rated-snippets",
             "MIT",
-            "10,600 lines of film reviews with mean human ratings (Hutto & Gilbert 2014); the preference pairs are constructed from them",
+            "10,600 lines of film reviews with mean human ratings (Hutto & Gilbert 2014), and rankings constructed from them",
             ("chat", "preferences", "prompts"),
             Package(
                 "vaderSentiment",
@@ -117,7 +117,7 @@ CATALOG: dict[str, Dataset] = {
                 ("--no-binary=:all:", "--no-build-isolation"),
             ),
             _rated_snippets,
-            version=2,
+            version=3,
         ),
     )
 }

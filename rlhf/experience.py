@@ -30,6 +30,7 @@ class Rollout:
     prompt_lengths: Ints  # [n]
     response_lengths: Ints  # [n]; the end-of-turn token, when the model wrote one, belongs to the response
     tokens: npt.NDArray[np.int32]  # prompt, response, prompt, response, ...
+    finished: npt.NDArray[np.bool_]  # [n] the model ended its turn; otherwise the response was cut off
     log_probs: Floats  # [sum of response_lengths], by the engine, of the distribution it sampled from
     version: str  # of the weights that wrote them
 
@@ -64,6 +65,7 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
         prompts[order],
         responses[order],
         _reorder(tokens, prompts + responses, order),
+        np.concatenate([part.finished for part in parts])[order],
         _reorder(log_probs, responses, order),
         versions.pop(),
     )
@@ -101,7 +103,9 @@ def estimate(rollout: Rollout, found: dict[str, Floats], config: Ppo) -> tuple[E
     """
     lengths = rollout.response_lengths
     log_probs, reference, values, scores = (found[name] for name in ("log_probs", "ref_log_probs", "values", "rewards"))
-    rewards = token_rewards(scores, log_probs, reference, lengths, config.kl_coef, config.reward_clip)
+    # A reward model knows finished answers; what it says of a torso is noise that a policy learns to exploit by never ending.
+    judged = scores - config.unfinished_penalty * ~rollout.finished
+    rewards = token_rewards(judged, log_probs, reference, lengths, config.kl_coef, config.reward_clip)
     advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
     errors = returns - values
     facts = {
@@ -109,6 +113,7 @@ def estimate(rollout: Rollout, found: dict[str, Floats], config: Ppo) -> tuple[E
         "reward_sd": float(scores.std()),
         "kl": float((log_probs - reference).sum() / len(scores)),  # nats per response, k1
         "response_tokens": float(lengths.mean()),
+        "unfinished": float(1 - rollout.finished.mean()),
         "surprise": float(-log_probs.mean()),  # nats per token: an estimate of the policy's entropy
         "value_explained": float(1 - errors.var() / max(returns.var(), 1e-8)),
         "log_prob_gap": float(np.abs(log_probs - rollout.log_probs).max()),

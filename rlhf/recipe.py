@@ -230,12 +230,14 @@ class Optimizer(Section):
         "Less memory for more work: `full` computes each block twice, `selective` all of it but matmuls and attention.",
         source="arXiv:1604.06174; arXiv:2205.05198",
     )
-    micro_batch: int = key(
-        4096, "Tokens of one forward and backward pass of one worker; samples are packed up to it without padding.", unit="tokens", ge=16
-    )
 
 
 class Training(Optimizer):
+    micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = key(
+        4096,
+        "Tokens of one forward and backward pass of one worker; samples are packed up to it without padding. `auto`: what memory allows.",
+        unit="tokens",
+    )
     global_batch: int = key(32, "Samples per optimizer step, over all workers.", unit="samples", ge=1)
     validate_every: int = key(50, "Steps between two validations.", unit="steps", ge=1)
     checkpoint_every: int = key(50, "Steps between two checkpoints.", unit="steps", ge=1)
@@ -290,6 +292,9 @@ class Groups(Section):
 
 
 class Ppo(Optimizer):
+    micro_batch: int = key(
+        4096, "Tokens of one forward and backward pass of one worker; samples are packed up to it without padding.", unit="tokens", ge=16
+    )
     groups: Groups = key(Groups(), "The actors, CPUs and GPUs of each role.")
     steps: int = key(40, "PPO steps: one rollout and `epochs` passes over it each.", unit="steps", ge=1)
     rollout_batch: int = key(64, "Prompts answered per step.", unit="prompts", ge=1)
@@ -313,6 +318,13 @@ class Ppo(Optimizer):
     clip_range: float = key(0.2, "Policy ratios are clipped to 1 +- this.", gt=0, source="arXiv:1707.06347")
     value_clip_range: float = key(0.5, "New values are clipped to the old ones +- this.", gt=0, source="arXiv:1707.06347")
     reward_clip: float = key(10.0, "Scores are clipped to +- this.", gt=0)
+    unfinished_penalty: float = key(
+        0.0,
+        "Taken from the score of a response that was cut off at `max_response_tokens`.",
+        unit="reward",
+        ge=0,
+        source="TRL, missing_eos_penalty",
+    )
     whiten_advantages: bool = key(True, "Advantages get mean 0 and variance 1 over all response tokens of the rollout.")
     log_prob_gap_limit: float | None = key(
         None,
@@ -373,7 +385,7 @@ class Recipe(Section):
                 self.ppo.micro_batch,
             ),
         ):
-            if length > budget:
+            if isinstance(budget, int) and length > budget:
                 wrong.append(f"{name} = {length} does not fit into micro_batch = {budget} of that stage")
         if self.ppo.global_batch > self.ppo.rollout_batch:
             wrong.append(f"ppo.global_batch = {self.ppo.global_batch} is larger than ppo.rollout_batch = {self.ppo.rollout_batch}")

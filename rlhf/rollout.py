@@ -106,6 +106,7 @@ class EngineWorker(Worker):
             np.array([len(p) for p in prompts], np.int64),
             np.array(lengths, np.int64),
             np.array(tokens, np.int32),
+            np.array([output.outputs[0].finish_reason == "stop" for output in outputs]),
             np.array(log_probs, np.float32),
             self.version,
         )

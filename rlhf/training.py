@@ -19,13 +19,15 @@ import torch.nn as nn
 
 from cluster import checkpoints
 from cluster.training import Layout, Report, fit
+from data.errors import DataError
 from data.order import batch_indices
 from data.packing import Sample, balance, pack
 from data.tokenizers import load as load_tokenizer
 from rlhf.efficiency import Clock
-from rlhf.errors import NotFinite
+from rlhf.errors import NotFinite, TrainingError
 from rlhf.health import Health
 from rlhf.learner import Learner, Loss, full_weights
+from rlhf.memory import available, estimate, help_for, is_out_of_memory, largest_micro_batch, least_of_all
 from rlhf.models import Batch, save_model
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe, Training
@@ -95,9 +97,21 @@ def worker(config: dict[str, Any], report: Report) -> None:
     settings: Training = getattr(recipe, config["stage"])
     rank, world = dist.get_rank(), dist.get_world_size()
     learner = Learner(task.model(), settings, task.steps)
+    longest = max(*task.train.lengths, *task.validation.lengths)
+    probe = Batch.of(pack(task.train.get(0)), learner.hardware.device)
+    memory, free = estimate(learner, task.loss, probe), available()
+    budget = settings.micro_batch
+    if budget == "auto":
+        budget = least_of_all(largest_micro_batch(memory, free, longest))
+        report({"warning": f"micro_batch is {budget:,} tokens, by {free / 2**30:.1f} GiB of free memory"})
+
+    if longest > budget:
+        raise DataError(
+            f"{config['stage']}: a sample has {longest} tokens, more than micro_batch = {budget}; raise it, or lower max_tokens"
+        )
 
     def plan(units: Units, ids: Sequence[int]) -> list[list[list[int]]]:
-        return balance([units.lengths[i] for i in ids], world, settings.micro_batch)
+        return balance([units.lengths[i] for i in ids], world, budget)
 
     def batches(units: Units, ids: Sequence[int]) -> list[Batch]:
         packed = (pack([s for i in some for s in units.get(ids[i])] or idle(units.get(ids[0]))) for some in plan(units, ids)[rank])
@@ -124,6 +138,10 @@ def worker(config: dict[str, Any], report: Report) -> None:
             raise NotFinite(
                 f"{error}. In this step: {named(task.train, bad)}. Look at them, or lower learning_rate", error.places
             ) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(help_for(config["stage"], memory, free, budget, longest, world)) from error
         done = step + 1
         metrics |= clock.stop(sum(task.train.lengths[i] for i in ids), mine)
         for warning in health.observe(done, metrics["loss"], learner.layer_norms):
@@ -134,7 +152,7 @@ def worker(config: dict[str, Any], report: Report) -> None:
                     file.write(json.dumps({"step": done, **vars(warning), "documents": sources(task.train, ids)}) + "\n")
         text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s"
         if done % settings.validate_every == 0 or done == task.steps:
-            validated = task.figures(validate(learner, task, batches, settings))
+            validated = task.figures(validate(learner, task, batches, budget))
             metrics |= validated
         if curves is not None:
             curves.log(done, metrics)
@@ -142,7 +160,7 @@ def worker(config: dict[str, Any], report: Report) -> None:
         if done % settings.checkpoint_every == 0 or done == task.steps:
             learner.save(folder, done)
     # A stage that was killed between its last checkpoint and its end comes here with nothing left to train.
-    validated = validated or task.figures(validate(learner, task, batches, settings))
+    validated = validated or task.figures(validate(learner, task, batches, budget))
     state = full_weights(learner.model)
     if curves is not None:
         curves.close()
@@ -162,11 +180,11 @@ def named(units: Units, ids: Sequence[int], most: int = 4) -> str:
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
-def validate(learner: Learner, task: Task, batches: Callable[[Units, Sequence[int]], list[Batch]], settings: Training) -> dict[str, float]:
+def validate(learner: Learner, task: Task, batches: Callable[[Units, Sequence[int]], list[Batch]], budget: int) -> dict[str, float]:
     """Sums over the whole validation set, in pieces that every rank can hold."""
     n, world = len(task.validation.lengths), learner.world
     longest = max(task.validation.lengths)
-    piece = max(world, world * (settings.micro_batch // longest))
+    piece = max(world, world * (budget // longest))
     sums: dict[str, float] = {}
     for start in range(0, n, piece):
         ids = range(start, min(n, start + piece))

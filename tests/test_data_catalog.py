@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,18 +44,21 @@ def test_another_file_under_the_same_name_is_refused() -> None:
         pass
 
 
-def test_pairs_are_constructed_as_documented(cache_dir: Path) -> None:
-    pairs = rows(cache_dir, "rated-snippets:preferences")
-    assert Counter(row["split"] for row in pairs)["train"] > 5000
-    uses = Counter((row["split"], text) for row in pairs for text in (row["chosen"], row["rejected"]))
+def test_rankings_are_constructed_as_documented(cache_dir: Path) -> None:
+    rankings = rows(cache_dir, "rated-snippets:preferences")
+    assert Counter(row["split"] for row in rankings)["train"] > 3000
+    uses = Counter((row["split"], text) for row in rankings for text in row["ranked"])
     assert max(uses.values()) <= max(snippets.ROUNDS.values())
     assert not {t for s, t in uses if s == "train"} & {t for s, t in uses if s == "validation"}
-    assert len({(row["chosen"], row["rejected"]) for row in pairs}) == len(pairs)
-    for row in pairs:
+    assert len({tuple(row["ranked"]) for row in rankings}) == len(rankings)
+    for row in rankings:
+        split, scores = row["split"], row["scores"]
+        assert 2 <= len(scores) == len(row["ranked"]) <= snippets.ANSWERS[split]
+        assert all(a - b >= snippets.LEAST_GAP[split] - 1e-9 for a, b in pairwise(scores))
         (message,) = row["messages"]
         opening = message["content"].removeprefix(snippets.REQUEST_WITH)
         if opening != snippets.REQUEST:
-            assert row["chosen"].split()[0] == row["rejected"].split()[0] == opening
+            assert {text.split()[0] for text in row["ranked"]} == {opening}
 
 
 def test_prompts_are_distinct_and_conversations_do_what_they_are_asked(cache_dir: Path) -> None:
@@ -67,7 +71,7 @@ def test_prompts_are_distinct_and_conversations_do_what_they_are_asked(cache_dir
     assert sum(row["messages"][0]["content"] == snippets.REQUEST for row in chats) / len(chats) == pytest.approx(0.25, abs=0.02)
 
 
-def test_the_chosen_line_is_the_one_people_rated_higher() -> None:
+def test_the_first_line_is_the_one_people_rated_highest() -> None:
     lines = [f"{i}\t{(-3.0, 0.5, 3.0)[i % 3]}\tThe line {i} &amp; ''more''   end" for i in range(60)]
     found = snippets.read_ratings("\r\n".join(lines))
     assert found[0].text == 'The line 0 & "more" - end'
@@ -75,7 +79,7 @@ def test_the_chosen_line_is_the_one_people_rated_higher() -> None:
     built = snippets.build(found)
     assert built == snippets.build(found[::-1])
     assert built["preferences"]
-    assert all(ratings[row["chosen"]] - ratings[row["rejected"]] >= snippets.LEAST_GAP for row in built["preferences"])
+    assert all([ratings[text] for text in row["ranked"]] == row["scores"] for row in built["preferences"])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ def rollout_of(index: list[int], lengths: list[tuple[int, int]], version: str = 
         np.array([lengths[i][0] for i in index], np.int64),
         np.array([lengths[i][1] for i in index], np.int64),
         np.array(tokens, np.int32),
+        np.array([i % 2 == 0 for i in index]),
         np.array(log_probs, np.float32),
         version,
     )
@@ -95,7 +96,13 @@ def test_estimate_by_hand() -> None:
     rollout = rollout_of([0, 1], [(1, 2), (3, 1)])
     log_probs = np.float32([-1.0, -2.0, -3.0])
     rollout = Rollout(
-        rollout.index, rollout.prompt_lengths, rollout.response_lengths, rollout.tokens, log_probs + np.float32([0, 1e-3, 0]), "v"
+        rollout.index,
+        rollout.prompt_lengths,
+        rollout.response_lengths,
+        rollout.tokens,
+        rollout.finished,
+        log_probs + np.float32([0, 1e-3, 0]),
+        "v",
     )
     found = {
         "log_probs": log_probs,
@@ -108,6 +115,10 @@ def test_estimate_by_hand() -> None:
     assert experience.returns == pytest.approx([2.0 - 0.05, 2.0, -10.0 + 0.1], abs=1e-6)
     assert experience.advantages == pytest.approx([1.45, 1.75, -10.9], abs=1e-6)
     assert facts["reward"] == pytest.approx(-9.0)  # as scored, before clipping
+    assert facts["unfinished"] == 0.5
+    found["rewards"] = np.float32([2.0, 3.0])
+    strict, _ = estimate(rollout, found, config.model_copy(update={"unfinished_penalty": 1.5}))
+    assert strict.returns == pytest.approx([2.0 - 0.05, 2.0, 3.0 - 1.5 + 0.1], abs=1e-6)  # the second one was cut off
     assert facts["kl"] == pytest.approx((0.5 + 0.0 - 1.0) / 2)
     assert facts["response_tokens"] == pytest.approx(1.5)
     assert facts["log_prob_gap"] == pytest.approx(1e-3, rel=1e-3)

@@ -1,5 +1,6 @@
 """The training loop of one rank, in this process: it tells which documents made trouble, and how well the machine was used."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from tiny import causal_lm
 from data.order import batch_indices
 from data.packing import Sample
 from data.tokenizers import train as train_tokenizer
-from rlhf.errors import NotFinite
+from rlhf.errors import NotFinite, TrainingError
 from rlhf.health import LEAST
 from rlhf.losses import cross_entropy
 from rlhf.models import Batch, LanguageModel
@@ -44,7 +45,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def run(folder: Path, spoiled: int, factor: float) -> list[dict[str, Any]]:
+def run(folder: Path, spoiled: int = -1, factor: float = 1.0, **changes: object) -> list[dict[str, Any]]:
     """Train on units of easy text; the loss of a micro-batch that holds unit `spoiled` is multiplied. -> what was reported."""
 
     def unit(i: int) -> list[Sample]:
@@ -52,6 +53,8 @@ def run(folder: Path, spoiled: int, factor: float) -> list[dict[str, Any]]:
         return [Sample(np.where(i == spoiled, 63, tokens), np.ones(12, np.float32))]
 
     def loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if changes.get("out_of_memory_at") is not None and next(calls) > changes["out_of_memory_at"]:
+            torch.empty(1 << 46, dtype=torch.uint8)
         return cross_entropy(model(batch), batch.weights) * (factor if (batch.tokens == 63).any() else 1.0), {}
 
     def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
@@ -61,9 +64,17 @@ def run(folder: Path, spoiled: int, factor: float) -> list[dict[str, Any]]:
             lambda: LanguageModel(causal_lm()), units, held_out, loss, lambda sums: {"val_loss": sums["loss"] / sums["count"]}, STEPS
         )
 
+    calls = itertools.count()
+    settings = {**RECIPE["pretrain"], **{name: value for name, value in changes.items() if name != "out_of_memory_at"}}
     train_tokenizer(["a few words"] * 10, 269).save(folder / "data" / "tokenizer")
     reports: list[dict[str, Any]] = []
-    config = {"stage": "pretrain", "task": task, "recipe": RECIPE, "inputs": {"data": str(folder / "data")}, "out": str(folder)}
+    config = {
+        "stage": "pretrain",
+        "task": task,
+        "recipe": {**RECIPE, "pretrain": settings},
+        "inputs": {"data": str(folder / "data")},
+        "out": str(folder),
+    }
     worker(config, reports.append)
     return reports
 
@@ -93,3 +104,22 @@ def test_a_spike_is_told_with_its_documents_and_training_goes_on(tmp_path: Path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(0 < row["pretrain/mfu"] < 2 and 0 <= row["pretrain/data_wait_share"] < 1 for row in rows)
+
+
+def test_the_largest_micro_batch_is_found_and_changes_no_curve(tmp_path: Path) -> None:
+    curves = []
+    for name in ("fixed", "auto"):
+        (tmp_path / name).mkdir()
+        reports = run(tmp_path / name, micro_batch=24 if name == "fixed" else "auto", steps=10)
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        curves.append([row["pretrain/loss"] for row in rows])
+    assert any("micro_batch is 65,536 tokens" in r.get("warning", "") for r in reports), "this model fits in any memory"
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_out_of_memory_names_what_held_it_and_what_would_fit(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="pretrain: out of memory") as caught:
+        run(tmp_path, out_of_memory_at=3)
+    text = str(caught.value)
+    assert all(f"\n  {part}" in text for part in ("weights", "gradients", "optimizer", "logits", "activations of 24 tokens"))
+    assert "What would fit:\n  " in text

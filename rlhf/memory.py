@@ -1,0 +1,150 @@
+"""Where the memory goes: an estimate by parts, the largest micro-batch that fits, and what to change after an out-of-memory error.
+
+    parts = estimate(learner, loss, batch)              # a small batch tells the activations per token
+    tokens = largest_micro_batch(parts, available())    # recipe: micro_batch: auto
+    raise TrainingError(help_for(error, parts, tokens_asked, "pretrain"))
+
+Weights, gradients and optimizer states are counted from the tensors that are there, activations from what autograd keeps for
+a small batch; both are exact for this rank, and the rest is proportion.
+"""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from cluster.hardware import hardware
+from rlhf.learner import Learner, Loss
+from rlhf.models import LOGIT_ROWS, Batch
+
+GIB = 2**30
+USABLE = 0.9  # of the free memory: allocators fragment, and Ray and the page cache need some
+RECOMPUTED = "a third more work: every block computes its forward pass twice"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on this rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    logits: int
+    per_token: float  # activations of one token
+    per_token_checkpointed: float  # the same with activation_checkpointing=full
+
+    @property
+    def fixed(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.logits
+
+
+def estimate(learner: Learner, loss: Loss, batch: Batch) -> Memory:
+    """By the learner's tensors and what a forward pass of `batch` keeps. All ranks call it."""
+    parameters = list(learner.model.parameters())
+    weights = sum(_size(p) for p in parameters)
+    gradients = sum(_size(p) for p in parameters if p.requires_grad)
+    states = {"adamw": 2, "muon": 1}  # muon keeps one for the matrices of the blocks; the few others are not worth a line
+    kept = _kept(learner, loss, batch)
+    inner = learner.model.inner
+    config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
+    width = torch.empty((), dtype=hardware().dtype).element_size()
+    rows = min(LOGIT_ROWS, len(batch.rows)) if hasattr(inner, "lm_head") else 0
+    logits = LOGIT_ROWS * config.vocab_size * 4 * 2 if hasattr(inner, "lm_head") else 0  # fp32, and their gradient
+    per_token = max(0, kept - rows * config.vocab_size * 4) / len(batch.tokens)
+    blocks = config.num_hidden_layers
+    checkpointed = per_token / blocks + blocks * config.hidden_size * width  # one block at a time, and every block's input
+    return Memory(weights, gradients, states[learner.config.optimizer] * gradients, logits, per_token, min(per_token, checkpointed))
+
+
+def available() -> int:
+    """Bytes that this rank may take: free on its GPU, or its share of what is free on this machine."""
+    if hardware().is_gpu:
+        return torch.cuda.mem_get_info()[0]
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return psutil.virtual_memory().available // ranks
+
+
+def largest_micro_batch(memory: Memory, free: int, longest: int) -> int:
+    """Tokens of the largest micro-batch that fits into `free` bytes beside gradients, optimizer and logits; at least `longest`.
+
+    Rounded down to a multiple of 64, and never more than 64 k tokens: beyond it nothing gets faster.
+    """
+    room = USABLE * free - memory.gradients - memory.optimizer - memory.logits
+    return max(longest, min(65536, int(room / max(memory.per_token, 1.0)) // 64 * 64))
+
+
+def least_of_all(value: int) -> int:
+    """The smallest of all ranks' values: what all can do."""
+    found = torch.tensor(value, device=hardware().device)
+    if dist.is_initialized():
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def help_for(stage: str, memory: Memory, free: int, micro_batch: int, longest: int, workers: int) -> str:
+    """What held the memory, and the changes of the recipe that would fit, cheapest first."""
+    activations = int(memory.per_token * micro_batch)
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "logits": memory.logits,
+        f"activations of {micro_batch:,} tokens": activations,
+    }
+    width = max(map(len, parts))
+    table = [f"  {name:<{width}}  {size / GIB:8.2f} GiB" for name, size in sorted(parts.items(), key=lambda part: -part[1])]
+    limit = USABLE * free
+    changes = []
+    smaller = largest_micro_batch(memory, free, longest)
+    if smaller < micro_batch and memory.fixed + memory.per_token * smaller <= limit + memory.weights:
+        changes.append(f"{stage}.micro_batch={smaller}: the same work in more passes; slower only below some 1,000 tokens")
+    if memory.fixed + memory.per_token_checkpointed * micro_batch <= limit:
+        changes.append(f"{stage}.activation_checkpointing=full: {RECOMPUTED}")
+    elif memory.fixed + memory.per_token_checkpointed * longest <= limit:
+        changes.append(f"{stage}.activation_checkpointing=full and {stage}.micro_batch={longest}: {RECOMPUTED}")
+    if not changes:
+        need = memory.fixed - memory.logits
+        more = -(-int(need * workers) // max(1, int(limit - memory.logits - memory.per_token_checkpointed * longest)))
+        changes.append(f"cluster.workers={max(more, workers + 1)}: weights, gradients and optimizer are shared among the workers' devices")
+    return "\n".join(
+        [
+            f"{stage}: out of memory. This worker had {free / GIB:.2f} GiB to fill, and would hold",
+            *table,
+            "What would fit:",
+            *(f"  {change}" for change in changes),
+        ]
+    )
+
+
+def _kept(learner: Learner, loss: Loss, batch: Batch) -> int:
+    """Bytes that autograd keeps between forward and backward, parameters aside, each storage once."""
+    own = {_local(p).untyped_storage().data_ptr() for p in learner.model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    learner.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value, _ = loss(learner.model, batch)
+    (value * 0).backward()  # FSDP expects a backward pass after a forward one
+    learner.model.zero_grad(set_to_none=True)
+    return sum(storages.values())
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _size(tensor: torch.Tensor) -> int:
+    local = _local(tensor)
+    return local.numel() * local.element_size()
