@@ -149,36 +149,59 @@ def get(name: str, cache_dir: Path | str) -> Path:
 def resolve(source: str, cache_dir: Path | str) -> list[Path]:
     """The files behind one source of a recipe: `name:kind` of the catalogue (fetched if needed), or a path or glob, sorted.
 
-    Raises DataError when there is nothing, with the nearest name.
+    Raises DataError with what `problem` says when there is nothing.
     """
+    wrong = problem(source)
+    if wrong:
+        raise DataError(wrong)
+    name, kind = _name_and_kind(source)
+    return [get(name, cache_dir) / f"{kind}.jsonl"] if name else _files(source)
+
+
+def problem(source: str) -> str | None:
+    """Why `source` leads nowhere, with the nearest name; None when it leads somewhere. Nothing is fetched."""
+    name, kind = _name_and_kind(source)
+    if name:
+        if name not in CATALOG:
+            return _no_dataset(name)
+        kinds = CATALOG[name].kinds
+        return None if kind in kinds else f"no {source!r}: {name} holds {', '.join(kinds)}, not {kind!r}"
+    if _files(source):
+        return None
+    if source in CATALOG:
+        return f"no such file: {source}; did you mean {source}:{CATALOG[source].kinds[0]}?"
+    return f"no such file: {source}{_nearest_file(Path(source).expanduser())}"
+
+
+def _name_and_kind(source: str) -> tuple[str, str]:
+    """("sotu", "text") of "sotu:text"; two empty words of a path or glob."""
     name, colon, kind = source.partition(":")
-    if colon and "/" not in name:
-        kinds = _dataset(name).kinds
-        if kind not in kinds:
-            raise DataError(f"{source!r}: {name} holds {', '.join(kinds)}, not {kind!r}")
-        return [get(name, cache_dir) / f"{kind}.jsonl"]
-    files = sorted(Path(path) for path in glob(str(Path(source).expanduser()), recursive=True) if Path(path).is_file())
-    if not files:
-        hint = f": did you mean {source}:{CATALOG[source].kinds[0]}?" if source in CATALOG else _nearest_file(Path(source).expanduser())
-        raise DataError(f"no such file: {source}{hint}")
-    return files
+    return (name, kind) if colon and "/" not in name else ("", "")
+
+
+def _files(source: str) -> list[Path]:
+    return sorted(Path(path) for path in glob(str(Path(source).expanduser()), recursive=True) if Path(path).is_file())
 
 
 def _dataset(name: str) -> Dataset:
     if name not in CATALOG:
-        near = get_close_matches(name, CATALOG, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise DataError(f"the catalogue has no {name!r}{hint}; it has {', '.join(CATALOG)}")
+        raise DataError(_no_dataset(name))
     return CATALOG[name]
+
+
+def _no_dataset(name: str) -> str:
+    near = get_close_matches(name, CATALOG, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"the catalogue has no {name!r}{hint}; it has {', '.join(CATALOG)}"
 
 
 def _nearest_file(path: Path) -> str:
     if path.is_dir():
-        return f" (it is a folder; for all its texts say {path}/*.txt)"
+        return f"; it is a folder: for all its texts say {path}/*.txt"
     if not path.parent.is_dir():
-        return f" (there is no folder {path.parent} either)"
+        return f"; there is no folder {path.parent} either"
     near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f" (did you mean {path.parent / near[0]}?)" if near else ""
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 def _source(dataset: Dataset) -> dict[str, Any]:

@@ -9,7 +9,6 @@ The files that a recipe names are looked for in the same pass, so that one try s
 
 import re
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -191,35 +190,20 @@ def _keys_without_effect(values: dict[str, Any]) -> list[Problem]:
 
 def _missing_files(values: dict[str, Any]) -> list[Problem]:
     """Sources that neither the catalogue nor the disk holds, and a model directory that is not one."""
+    from data.catalog import problem  # a light import, but `explain` does not need it
+
     problems: list[Problem] = []
     data = _section(values, "data")
     for key in ("pretrain", "sft", "preferences", "prompts"):
         sources = data.get(key)
         for i, source in enumerate(sources if isinstance(sources, list) else []):
-            what = source_problem(source) if isinstance(source, str) else None
+            what = problem(source) if isinstance(source, str) else None
             if what:
                 problems.append(Problem(("data", key, i), f": {what}"))
     init = _section(values, "model").get("init")
     if isinstance(init, str) and not Path(init).expanduser().is_dir():
         problems.append(Problem(("model", "init"), f"is no directory: {init}"))
     return problems
-
-
-def source_problem(source: str) -> str | None:
-    """Why `source` (`name:kind` of the catalogue, a path or a glob) leads nowhere; None when it leads somewhere."""
-    from data.catalog import CATALOG  # a light import, but `explain` does not need it
-
-    name, colon, kind = source.partition(":")
-    if colon and "/" not in name:
-        if name not in CATALOG:
-            return f"no {source!r}: the catalogue has no {name!r}; it has {', '.join(sorted(CATALOG))} (roundhouse data list)"
-        if kind not in CATALOG[name].kinds:
-            return f"no {source!r}: {name} holds {', '.join(CATALOG[name].kinds)}, not {kind!r}"
-        return None
-    if not glob(str(Path(source).expanduser()), recursive=True):
-        hint = f"; {source}:{CATALOG[source].kinds[0]} is in the catalogue" if source in CATALOG else _neighbours(Path(source))
-        return f"no such file: {source}{hint}"
-    return None
 
 
 # ------------------------------------------------------------------------------------------------ message
