@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cluster.hardware import hardware
 from data.chat import template_parts
@@ -26,6 +25,7 @@ from data.tokenizers import Tokenizer
 from data.tokenizers import load as load_tokenizer
 from rlhf.artefacts import read_json
 from rlhf.errors import RecipeError
+from rlhf.models import load_causal_lm
 from rlhf.monitoring import console, say
 
 SPEAKING = ("ppo", "sft", "pretrain")  # newest first
@@ -162,9 +162,8 @@ def talk(
 def load(run_dir: Path, stage: str | None = None, temperature: float = 0.7, max_tokens: int = 128, seed: int | None = None) -> Chat:
     """A conversation with the newest model of a run, or that of `stage`; the same seed gives the same answers."""
     stage, folder = find_model(Path(run_dir), stage)
-    transformers.utils.logging.disable_progress_bar()
     hw = hardware()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=hw.dtype, use_safetensors=True).to(hw.device).eval()
+    model = load_causal_lm(folder, hw.dtype, attention=None).to(hw.device).eval()  # one text at a time, with a cache
     generator = torch.Generator()
     if seed is None:
         generator.seed()

@@ -9,7 +9,6 @@ A wrapper's forward holds the whole computation, output layer included, so that 
 `[tokens, vocabulary]` logits are never kept for a whole batch.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,9 +148,9 @@ def new_causal_lm(model: Model, vocab_size: int, end_of_text: int, seed: int) ->
         return LlamaForCausalLM(config)
 
 
-def load_causal_lm(path: str | Path) -> PreTrainedModel:
-    """Open a model directory for language modelling, in fp32 master weights."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=PACKED, use_safetensors=True)
+def load_causal_lm(path: str | Path, dtype: torch.dtype = torch.float32, attention: str | None = PACKED) -> PreTrainedModel:
+    """Open a model directory for language modelling: in fp32 master weights, for packed batches; None takes the model's own attention."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, use_safetensors=True)
 
 
 def load_reward_model(path: str | Path, seed: int = 0) -> PreTrainedModel:
@@ -184,19 +183,6 @@ def _with_scalar_head(factory: Any, path: str | Path) -> PreTrainedModel:
     if others:
         raise RecipeError(f"{path}: weights are missing: {', '.join(sorted(others)[:5])}")
     return model
-
-
-def check_vocabulary(path: str | Path, tokenizer: Tokenizer) -> None:
-    """A tokenizer must not know more ids than the model has rows for.
-
-    Raises RecipeError naming both sizes.
-    """
-    rows = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    if tokenizer.vocab_size > rows:
-        raise RecipeError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} ids but the model only {rows} embedding rows; "
-            "use tokenizer.encoding=model, or a model made for this tokenizer"
-        )
 
 
 def save_model(model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: Tokenizer, out: Path) -> None:

@@ -14,7 +14,7 @@ from data.packing import Sample
 from data.shards import TokenShards
 from data.tokenizers import load as load_tokenizer
 from rlhf.losses import cross_entropy
-from rlhf.models import Batch, LanguageModel, check_vocabulary, load_causal_lm, new_causal_lm
+from rlhf.models import Batch, LanguageModel, load_causal_lm, new_causal_lm
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe
 from rlhf.training import Task, Unit, Units, train
@@ -33,7 +33,6 @@ def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
     def model() -> nn.Module:
         if recipe.model.init is None:
             return LanguageModel(new_causal_lm(recipe.model, tokenizer.vocab_size, tokenizer.end_of_text, recipe.seed))
-        check_vocabulary(recipe.model.init, tokenizer)
         return LanguageModel(load_causal_lm(recipe.model.init))
 
     return Task(
