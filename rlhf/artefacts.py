@@ -117,11 +117,13 @@ def prepare(out: Path, identity: Identity) -> State:
 
     What an earlier try of the same identity left is kept, for the stage to resume from. Anything else moves to
     `.previous/STAGE-HASH`, and comes back from there when the recipe turns back to it: a changed mind costs no training.
+    One previous version of each stage is kept there, the last.
     """
-    found = state(out, identity)
+    found, replaced = state(out, identity), None
     if found == "other":
         marker = read_json(out / "manifest.json") or read_json(out / "started.json") or {}
-        _move(out, _attic(out, str(marker.get("hash", "unknown"))))
+        replaced = _attic(out, str(marker.get("hash", "unknown")))
+        _move(out, replaced)
         found = "absent"
     earlier = _attic(out, identity.hash)
     if found == "absent" and earlier.exists():
@@ -133,6 +135,10 @@ def prepare(out: Path, identity: Identity) -> State:
         if found == "other":
             _move(out, earlier)
             found = "absent"
+    if replaced is not None:
+        for older in replaced.parent.iterdir():
+            if older.name.rpartition("-")[0] == out.name and older != replaced:
+                _remove(older)
     if found != "made":
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "started.json", {**identity.as_dict(), "parents_made_at": _parents_made_at(out.parent, identity)})
@@ -233,8 +239,15 @@ def _parents_made_at(run_dir: Path, identity: Identity) -> dict[str, str | None]
 def _move(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
-        shutil.rmtree(target)
+        _remove(target)
     source.rename(target)
+
+
+def _remove(folder: Path) -> None:
+    """The markers go first: what a kill leaves of the rest must not look whole."""
+    for marker in ("manifest.json", "started.json"):
+        (folder / marker).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 @contextmanager

@@ -101,6 +101,15 @@ def test_changing_back_costs_nothing(go, tmp_path: Path) -> None:
     assert go("reward.epochs=2")[0] == []
 
 
+def test_one_previous_version_of_a_stage_is_kept(go, tmp_path: Path) -> None:
+    for epochs in (1, 2, 3):
+        go(f"reward.epochs={epochs}")
+    kept = sorted(p.name.partition("-")[0] for p in (tmp_path / "runs/tiny/.previous").iterdir())
+    assert kept == ["evaluate", "ppo", "reward"]
+    assert go("reward.epochs=2")[0] == []  # the last but one
+    assert go("reward.epochs=1")[0] == ["reward", "ppo", "evaluate"]
+
+
 def test_changed_input_file(go, tmp_path: Path) -> None:
     go()
     (tmp_path / "speech.txt").write_text("Other words.\n")
