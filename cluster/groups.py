@@ -56,7 +56,7 @@ class Group:
         env: Mapping[str, str] | None = None,
     ) -> None:
         """Start `demand.workers` actors of class `worker`, constructed as worker(rank, world, threads, *args)."""
-        self.name, self.placement = name, placement
+        self.name, self.demand, self.placement = name, demand, placement
         actor = ray.remote(worker)
         self.actors = [
             actor.options(  # type: ignore[attr-defined]
@@ -69,9 +69,11 @@ class Group:
         ]
 
     def connect(self, ports: tuple[int, int], seconds: float) -> None:
-        """Let the actors form one torch process group; a single CPU actor needs none."""
-        on_gpus = any("GPU" in bundle for bundle in self.placement.bundle_specs)
-        if len(self.actors) == 1 and not on_gpus:
+        """Let the actors form one torch process group; a single CPU actor needs none.
+
+        Raises ClusterError when the first one's node has no free port left.
+        """
+        if not self.demand.meets:
             return
         where = wait({f"{self.name}[0]": self.actors[0].address.remote(ports)}, seconds, f"{self.name}: find a port")
         host, port = where[f"{self.name}[0]"]

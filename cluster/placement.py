@@ -26,6 +26,11 @@ class Demand:
     gpus: float
 
     @property
+    def meets(self) -> bool:
+        """Whether the actors form a process group, for which the first one listens on a port: one CPU actor alone needs none."""
+        return self.workers > 1 or self.gpus > 0
+
+    @property
     def bundle(self) -> dict[str, float]:
         return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount > 0}
 

@@ -101,15 +101,22 @@ def choose(only: str | None = None, start: str | None = None) -> tuple[str, ...]
 
 
 def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
-    """The cluster is known now and nothing of ours runs on it yet: can it hold each stage? Raises ClusterError with a table."""
-    from cluster import placement
+    """The cluster is known now and nothing of ours runs on it yet: can it hold each stage, and can the groups of actors meet?
+
+    Raises ClusterError with a table, or naming a node without free ports.
+    """
+    from cluster import placement, ports
     from rlhf.graph import demands
     from rlhf.training import layout
 
     if {"pretrain", "sft", "reward"} & set(stages):
         placement.check({"training": layout(recipe).demand})
     if {"ppo", "evaluate"} & set(stages):
-        placement.check(demands(recipe))
+        groups = demands(recipe)
+        placement.check(groups)
+        meeting = [role for role, demand in groups.items() if demand.meets and role != "rollout"]  # engines work each for itself
+        if meeting:
+            ports.check(recipe.cluster.ports, len(meeting), recipe.cluster.placement_timeout_s)
 
 
 def run_directory(recipe: Recipe) -> Path:
