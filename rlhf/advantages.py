@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from rlhf.recipe import Ppo
+
 Floats = npt.NDArray[np.float32]
 Lengths = Sequence[int] | npt.NDArray[np.int64]
 
@@ -23,6 +25,17 @@ def token_rewards(scores: Floats, log_probs: Floats, ref_log_probs: Floats, leng
     last = np.cumsum(counts) - 1
     rewards[last[counts > 0]] += np.clip(scores, -reward_clip, reward_clip)[counts > 0]
     return rewards.astype(np.float32)
+
+
+def next_kl_coef(kl_coef: float, kl: float, config: Ppo) -> float:
+    """The KL weight of the next step, after a rollout that was `kl` nats per answer from the reference.
+
+    beta <- beta (1 + clip(kl / target - 1, -0.2, 0.2) samples / horizon): Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    """
+    if config.kl_target is None:
+        return kl_coef
+    surprise = float(np.clip(kl / config.kl_target - 1, -0.2, 0.2))
+    return kl_coef * (1 + surprise * config.rollout_batch / config.kl_horizon)
 
 
 def gae(rewards: Floats, values: Floats, lengths: Lengths, gamma: float, lam: float) -> tuple[Floats, Floats]:

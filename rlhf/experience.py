@@ -96,7 +96,7 @@ def responses(rollout: Rollout) -> list[list[int]]:
     return [rollout.tokens[end - n : end].tolist() for end, n in zip(ends, rollout.response_lengths, strict=True)]
 
 
-def estimate(rollout: Rollout, found: dict[str, Floats], config: Ppo) -> tuple[Experience, dict[str, float]]:
+def estimate(rollout: Rollout, found: dict[str, Floats], config: Ppo, kl_coef: float) -> tuple[Experience, dict[str, float]]:
     """Advantages and returns from what the roles found, and the figures of the rollout.
 
     found: `log_probs`, `ref_log_probs`, `values` per response token, `rewards` per sample.
@@ -105,13 +105,14 @@ def estimate(rollout: Rollout, found: dict[str, Floats], config: Ppo) -> tuple[E
     log_probs, reference, values, scores = (found[name] for name in ("log_probs", "ref_log_probs", "values", "rewards"))
     # A reward model knows finished answers; what it says of a torso is noise that a policy learns to exploit by never ending.
     judged = scores - config.unfinished_penalty * ~rollout.finished
-    rewards = token_rewards(judged, log_probs, reference, lengths, config.kl_coef, config.reward_clip)
+    rewards = token_rewards(judged, log_probs, reference, lengths, kl_coef, config.reward_clip)
     advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
     errors = returns - values
     facts = {
         "reward": float(scores.mean()),
         "reward_sd": float(scores.std()),
         "kl": float((log_probs - reference).sum() / len(scores)),  # nats per response, k1
+        "kl_coef": kl_coef,
         "response_tokens": float(lengths.mean()),
         "unfinished": float(1 - rollout.finished.mean()),
         "surprise": float(-log_probs.mean()),  # nats per token: an estimate of the policy's entropy

@@ -20,11 +20,12 @@ from cluster.groups import Group
 from data.examples import Examples
 from data.order import batch_indices
 from data.tokenizers import load as load_tokenizer
+from rlhf.advantages import next_kl_coef
 from rlhf.errors import TrainingError
 from rlhf.experience import align, merge
 from rlhf.graph import Role, engines, open_graph
 from rlhf.monitoring import Monitor
-from rlhf.recipe import Recipe
+from rlhf.recipe import Ppo, Recipe
 from rlhf.roles import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
 
 Graph = dict[str, Group]
@@ -33,7 +34,7 @@ Prompts = list[list[int]]
 PROBES, PROBE_TOKENS = 4, 8  # what every engine writes after each sync, for the gate
 
 
-def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> dict[str, float]:
+def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, kl_coef: float) -> dict[str, float]:
     """One rollout, its scores, `ppo.epochs` passes over it, new weights in the engines, proof that they arrived."""
     policy, reference, reward, critic = (graph[role] for role in ("policy", "reference", "reward", "critic"))
     seconds, now = recipe.cluster.deadline_s, f"PPO step {step}"
@@ -50,7 +51,7 @@ def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> dict[
         wait(refs, seconds, f"{now}: {name}")
 
     parts = {name: list(refs.values()) for name, refs in scores.items()}
-    experience, facts = critic.actors[0].experience.options(num_returns=2).remote(rollouts, parts)
+    experience, facts = critic.actors[0].experience.options(num_returns=2).remote(rollouts, parts, kl_coef)
     metrics = wait({"critic[0]": facts}, seconds, f"{now}: advantages")["critic[0]"]
     refuse_gap(metrics["log_prob_gap"], recipe, f"{now}: the rollout")
 
@@ -90,10 +91,12 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             wait(graph["policy"].start("resume", start) | graph["critic"].start("resume", start), seconds, "resume")
         sync_weights(graph, recipe, version=f"step-{start}")
 
+        kl_coef = kl_coef_after(start, config, out)
         for step in range(start, config.steps):
             ids = batch_indices(recipe.seed, step, config.rollout_batch, len(prompts), prompts.manifest_hash)
             batch = [prompts[int(i)]["prompt"].tolist() for i in ids]
-            metrics = ppo_step(graph, recipe, batch, step)
+            metrics = ppo_step(graph, recipe, batch, step, kl_coef)
+            kl_coef = next_kl_coef(kl_coef, metrics["kl"], config)
             done = step + 1
             monitor.log(done, metrics)
             monitor.progress(done, config.steps, f"reward {metrics['reward']:.3f}  kl {metrics['kl']:.2f}")
@@ -157,9 +160,29 @@ def refuse_gap(gap: float, recipe: Recipe, where: str) -> None:
         )
 
 
+def kl_coef_after(step: int, config: Ppo, out: Path) -> float:
+    """The KL weight that follows step `step`: a resumed run goes on where its curve stands, to the same bit.
+
+    Raises TrainingError when the curve does not reach the checkpoint.
+    """
+    if not step or config.kl_target is None:
+        return config.kl_coef
+    for row in curve(out):
+        if row["step"] == step:
+            return next_kl_coef(row["ppo/kl_coef"], row["ppo/kl"], config)
+    raise TrainingError(
+        f"{out / 'metrics.jsonl'} has no step {step}, where the checkpoint stands; remove {out / 'checkpoints'} to start anew"
+    )
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    """The rows of the run so far, one per step."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def totals(out: Path) -> dict[str, float]:
     """The run's final figures, read from its curves: they are whole even when the run was resumed."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = curve(out)
     last = rows[-max(1, len(rows) // 10) :]
 
     def column(name: str, of: Sequence[dict[str, float]]) -> list[float]:

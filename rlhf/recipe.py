@@ -313,6 +313,14 @@ class Ppo(Optimizer):
         ge=0,
         source="arXiv:1909.08593, arXiv:2203.02155",
     )
+    kl_target: float | None = key(
+        None,
+        "`kl_coef` is where the weight starts; every step moves it so that answers stay this far from the reference. Default: it stays.",
+        unit="nats per response",
+        gt=0,
+        source="arXiv:1909.08593, section 2.2",
+    )
+    kl_horizon: int = key(10_000, "Samples in which the weight may grow or shrink by 20 %. With `kl_target`.", unit="samples", ge=1)
     gamma: float = key(1.0, "Discount of rewards per token.", ge=0, le=1, source="arXiv:1506.02438")
     lam: float = key(0.95, "Lambda of generalised advantage estimation.", ge=0, le=1, source="arXiv:1506.02438")
     clip_range: float = key(0.2, "Policy ratios are clipped to 1 +- this.", gt=0, source="arXiv:1707.06347")
@@ -387,6 +395,8 @@ class Recipe(Section):
         ):
             if isinstance(budget, int) and length > budget:
                 wrong.append(f"{name} = {length} does not fit into micro_batch = {budget} of that stage")
+        if self.ppo.kl_horizon < self.ppo.rollout_batch:
+            wrong.append(f"ppo.kl_horizon = {self.ppo.kl_horizon} is smaller than ppo.rollout_batch = {self.ppo.rollout_batch}")
         if self.ppo.global_batch > self.ppo.rollout_batch:
             wrong.append(f"ppo.global_batch = {self.ppo.global_batch} is larger than ppo.rollout_batch = {self.ppo.rollout_batch}")
         if wrong:

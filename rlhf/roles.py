@@ -169,7 +169,9 @@ class CriticWorker(LearningRole):
         self.learner.model.eval()
         return self.score(rollouts, lambda batch: self.learner.model(batch)[batch.before], _per_response_token)
 
-    def experience(self, rollouts: list[ObjectRef], parts: dict[str, list[ObjectRef]]) -> tuple[Experience, dict[str, float]]:
+    def experience(
+        self, rollouts: list[ObjectRef], parts: dict[str, list[ObjectRef]], kl_coef: float
+    ) -> tuple[Experience, dict[str, float]]:
         """From the roles' shares to what the update needs, and the step's figures. Called on rank 0 alone.
 
         parts: `log_probs`, `ref_log_probs`, `rewards`, `values`, one share per rank of the role.
@@ -177,7 +179,7 @@ class CriticWorker(LearningRole):
         rollout = merge(ray.get(rollouts))
         one_each, lengths = np.ones_like(rollout.index), rollout.response_lengths
         found = {name: align(ray.get(shares), one_each if name == "rewards" else lengths) for name, shares in parts.items()}
-        return estimate(rollout, found, self.config)
+        return estimate(rollout, found, self.config, kl_coef)
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         def loss(model: torch.nn.Module, batch: Batch) -> Sums:

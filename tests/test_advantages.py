@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rlhf.advantages import gae, token_rewards, whiten
+from rlhf.advantages import gae, next_kl_coef, token_rewards, whiten
+from rlhf.recipe import Ppo
 
 few = settings(max_examples=80, deadline=None)
 numbers = st.floats(-5, 5, width=32)
@@ -110,3 +111,11 @@ def test_whiten(n: int, seed: int, scale: float, shift: float) -> None:
 @pytest.mark.parametrize("constant", [0.0, 3.0, -7.5])
 def test_a_constant_becomes_zero(constant: float) -> None:
     assert whiten(np.full(5, constant, np.float32)) == pytest.approx(np.zeros(5), abs=1e-3)
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(8.0, 1.0), (8.8, 1.025), (100.0, 1.05), (7.2, 0.975), (0.0, 0.95), (-3.0, 0.95)])
+def test_kl_weight_follows_its_target(kl: float, factor: float) -> None:
+    """128 of a horizon of 512 samples: a quarter of the clipped relative error."""
+    config = Ppo(kl_target=8.0, kl_horizon=512, rollout_batch=128)
+    assert next_kl_coef(0.2, kl, config) == pytest.approx(0.2 * factor)
+    assert next_kl_coef(0.2, kl, Ppo()) == 0.2  # without a target it stays

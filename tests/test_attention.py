@@ -112,8 +112,12 @@ def shared_and_separate(lengths: list[list[int]], seed: int) -> tuple[Batch, Bat
 @settings(max_examples=25, deadline=None)
 @given(groups, st.integers(0, 100))
 @example([[40, 8, 8], [4, 9, 9, 9]], 0)  # in pieces; in one call
+@example([[1, 1, 1, 1]], 0)
 def test_shared_prefixes_equal_separate_rows(lengths: list[list[int]], seed: int) -> None:
-    """Log-probabilities of all answers and the gradients of all weights; a prompt without answers counts nothing."""
+    """Log-probabilities of all answers and the gradients of all weights; a prompt without answers counts nothing.
+
+    Gradients may differ by rounding: 1e-4 of their own length, or 2e-6 of the whole gradient's where they are near 0.
+    """
     shared, separate = shared_and_separate(lengths, seed)
     gradients, values = [], []
     for batch in (shared, separate):
@@ -124,9 +128,10 @@ def test_shared_prefixes_equal_separate_rows(lengths: list[list[int]], seed: int
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     torch.testing.assert_close(shared.weights, separate.weights)
     torch.testing.assert_close(values[0], values[1], atol=2e-5, rtol=1e-5)
+    whole = torch.stack([g.norm() for g in gradients[1].values()]).norm()
     for name, ours in gradients[0].items():
-        scale = max(float(gradients[1][name].abs().max()), 1e-3)
-        torch.testing.assert_close(ours, gradients[1][name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        theirs = gradients[1][name]
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 2e-6 * whole, name
 
 
 def test_answers_in_one_call_equal_answers_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

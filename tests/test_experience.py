@@ -110,18 +110,18 @@ def test_estimate_by_hand() -> None:
         "values": np.float32([0.5, 0.25, 1.0]),
         "rewards": np.float32([2.0, -20.0]),
     }
-    config = Ppo(kl_coef=0.1, lam=1.0, reward_clip=10.0, whiten_advantages=False)
-    experience, facts = estimate(rollout, found, config)
+    config = Ppo(lam=1.0, reward_clip=10.0, whiten_advantages=False)
+    experience, facts = estimate(rollout, found, config, kl_coef=0.1)
     assert experience.returns == pytest.approx([2.0 - 0.05, 2.0, -10.0 + 0.1], abs=1e-6)
     assert experience.advantages == pytest.approx([1.45, 1.75, -10.9], abs=1e-6)
     assert facts["reward"] == pytest.approx(-9.0)  # as scored, before clipping
     assert facts["unfinished"] == 0.5
     found["rewards"] = np.float32([2.0, 3.0])
-    strict, _ = estimate(rollout, found, config.model_copy(update={"unfinished_penalty": 1.5}))
+    strict, _ = estimate(rollout, found, config.model_copy(update={"unfinished_penalty": 1.5}), kl_coef=0.1)
     assert strict.returns == pytest.approx([2.0 - 0.05, 2.0, 3.0 - 1.5 + 0.1], abs=1e-6)  # the second one was cut off
     assert facts["kl"] == pytest.approx((0.5 + 0.0 - 1.0) / 2)
     assert facts["response_tokens"] == pytest.approx(1.5)
     assert facts["log_prob_gap"] == pytest.approx(1e-3, rel=1e-3)
-    white, _ = estimate(rollout, found, Ppo(kl_coef=0.1, lam=1.0, reward_clip=10.0))
+    white, _ = estimate(rollout, found, Ppo(lam=1.0, reward_clip=10.0), kl_coef=0.1)
     assert white.advantages.mean() == pytest.approx(0.0, abs=1e-6)
     assert white.advantages.std() == pytest.approx(1.0, abs=1e-4)

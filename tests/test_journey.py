@@ -1,22 +1,30 @@
-"""The whole line on a tiny recipe: every stage for real, killed in each of them, resumed to the same bytes.
+"""The whole line on a tiny recipe: every stage for real, as a job and from the command line, killed in each, resumed to the same bytes.
 
-Two runs of the same recipe: one undisturbed, one whose driver is killed (SIGKILL) in every training stage. Slow: about
-five minutes on two cores.
+Two runs of the same recipe go side by side: one undisturbed, as a job on a running Ray; one whose driver is killed (SIGKILL)
+in every training stage. Stages are artefacts: what another run has made already is copied, not made again. Runs that show
+neither starting nor ending go through the command line in this process, in the Ray session that all tests share.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from head import head_node
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.cli import app
 from rlhf.rollout import CPU_ENV, ENGINE_ENV
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,8 +85,20 @@ def finish(process: subprocess.Popen[str], seconds: float = 600) -> str:
     return output
 
 
+def run_here(recipe: Path, *more: str) -> int:
+    """`roundhouse run` in this process; returns the exit code."""
+    with pytest.raises(SystemExit) as end:
+        app(["run", str(recipe), *more])
+    return int(end.value.code or 0)
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def copy_stages(source: Path, target: Path, *stages: str) -> None:
+    for stage in stages:
+        shutil.copytree(source / stage, target / stage)
 
 
 def kill_in(stage: str, recipe: Path, run_dir: Path) -> None:
@@ -97,12 +117,63 @@ def kill_in(stage: str, recipe: Path, run_dir: Path) -> None:
     assert not (run_dir / stage / "manifest.json").exists()
 
 
+@dataclass
+class Job:
+    """`roundhouse submit` of the whole recipe, running beside the tests that do not need its end yet."""
+
+    process: subprocess.Popen[bytes]
+    recipe: Path
+    run_dir: Path
+    log: Path
+    head: ExitStack
+
+    def finish(self) -> None:
+        assert self.process.wait(600) == 0, self.log.read_text()
+        self.head.close()
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache_dir) -> Path:
-    """The directory of an undisturbed run."""
+def job(tmp_path_factory, cache_dir) -> Iterator[Job]:
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(write_recipe(folder, cache_dir, "whole")))
-    return folder / "runs" / "whole"
+    for package in ("data", "cluster", "rlhf"):  # what a job gets is the folder that it is sent from
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    recipe, log = write_recipe(folder, cache_dir, "whole"), folder / "log"
+    with ExitStack() as head, log.open("wb") as output:
+        address, token = head.enter_context(head_node())
+        command = [sys.executable, "-m", "rlhf.cli", "submit", recipe.name, "--address", address]
+        env = os.environ | token | {"PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=env)
+        try:
+            yield Job(process, recipe, folder / "runs" / "whole", log, head)
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(job) -> Path:
+    """The directory of the undisturbed run."""
+    job.finish()
+    return job.run_dir
+
+
+@pytest.mark.timeout(1500)
+def test_killed_in_every_stage_and_resumed_gives_the_same_bytes(job, tmp_path, cache_dir, request):
+    recipe, run_dir = write_recipe(tmp_path, cache_dir, "killed"), tmp_path / "runs" / "killed"
+    end = time.monotonic() + 300
+    while not (job.run_dir / "data" / "manifest.json").exists():
+        assert job.process.poll() is None, job.log.read_text()
+        assert time.monotonic() < end, "no data within 300 s"
+        time.sleep(0.2)
+    copy_stages(job.run_dir, run_dir, "data")
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        kill_in(stage, recipe, run_dir)
+    finish(start(recipe, "--only", "ppo"))
+    whole = request.getfixturevalue("whole")
+    for stage in ("pretrain", "sft", "reward", "ppo"):
+        assert sha256(run_dir / stage / "model" / "model.safetensors") == sha256(whole / stage / "model" / "model.safetensors"), stage
+        steps = [json.loads(line)["step"] for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, len(steps) + 1)), f"{stage}: a step is missing, doubled or out of order"
 
 
 def test_every_stage_leaves_its_figures(whole):
@@ -159,9 +230,9 @@ def test_the_model_opens_in_vllm_with_its_tokenizer_and_template(whole):
     assert done.stdout.splitlines()[-1] == f"ids {ids}"
 
 
-def test_a_second_run_skips_everything_and_says_why(whole):
+def test_a_second_run_skips_everything_and_says_why(job, whole):
     began = time.monotonic()
-    output = finish(start(whole.parent.parent / "whole.yaml"))
+    output = finish(start(job.recipe))
     assert output.count("up to date  made") == 6, output
     assert time.monotonic() - began < 40
 
@@ -174,22 +245,10 @@ def test_chat_answers(whole):
     assert done.stdout.strip()
 
 
-def test_killed_in_every_stage_and_resumed_gives_the_same_bytes(whole, tmp_path, cache_dir):
-    recipe, run_dir = write_recipe(tmp_path, cache_dir, "killed"), tmp_path / "runs" / "killed"
-    for stage in ("pretrain", "sft", "reward", "ppo"):
-        kill_in(stage, recipe, run_dir)
-    finish(start(recipe, "--only", "ppo"))
-    for stage in ("pretrain", "sft", "reward", "ppo"):
-        assert sha256(run_dir / stage / "model" / "model.safetensors") == sha256(whole / stage / "model" / "model.safetensors"), stage
-        steps = [json.loads(line)["step"] for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, len(steps) + 1)), f"{stage}: a step is missing, doubled or out of order"
-
-
-def test_one_worker_and_two_draw_the_same_curve(whole, tmp_path, cache_dir):
+def test_one_worker_and_two_draw_the_same_curve(whole, ray_session, tmp_path, cache_dir):
     alone = tmp_path / "runs" / "alone"
-    recipe = write_recipe(tmp_path, cache_dir, "alone", workers=1)
-    for stage in ("data", "pretrain"):
-        finish(start(recipe, "--only", stage))
+    copy_stages(whole, alone, "data")
+    assert run_here(write_recipe(tmp_path, cache_dir, "alone", workers=1), "--only", "pretrain") == 0
 
     def losses(run_dir: Path) -> list[float]:
         return [json.loads(line)["pretrain/loss"] for line in (run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines()]
@@ -199,27 +258,38 @@ def test_one_worker_and_two_draw_the_same_curve(whole, tmp_path, cache_dir):
     assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4
 
 
-def test_a_run_starts_from_any_model_directory_with_its_tokenizer(whole, tmp_path, cache_dir):
+def test_a_run_starts_from_any_model_directory_with_its_tokenizer(whole, ray_session, tmp_path, cache_dir):
     recipe, run_dir = write_recipe(tmp_path, cache_dir, "continued"), tmp_path / "runs" / "continued"
     lines = recipe.read_text().splitlines(keepends=True)
     recipe.write_text("".join(line for line in lines if not line.startswith(("tokenizer:", "model:"))))  # they come with the model
     given = [f"model.init={whole / 'sft' / 'model'}", "tokenizer.encoding=model", "pretrain.steps=2", "pretrain.learning_rate=1e-9"]
     for stage in ("data", "pretrain"):
-        finish(start(recipe, "--only", stage, *given))
+        assert run_here(recipe, "--only", stage, *given) == 0
     before, after = (AutoModelForCausalLM.from_pretrained(d / "model") for d in (whole / "sft", run_dir / "pretrain"))
     for name, weights in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], weights, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("key", "wanted"), [("gpus=1", "GPU: wanted 1"), ("cpus=64", "CPU: wanted 65.6")])
-def test_groups_that_do_not_fit_are_refused_before_anything_runs(tmp_path, cache_dir, key, wanted):
+def test_groups_that_do_not_fit_are_refused_before_anything_runs(tmp_path, cache_dir):
     recipe = write_recipe(tmp_path, cache_dir, "greedy")
     began = time.monotonic()
-    process = start(recipe, f"ppo.groups.policy.{key}")
+    process = start(recipe, "ppo.groups.policy.gpus=1", "ppo.groups.critic.cpus=64")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
-    assert "no room for policy" in output
-    assert wanted in output
+    assert "no room for policy (1 of 1 actors), critic (1 of 1 actors)" in output
+    assert "GPU: wanted 1" in output
+    assert "CPU: wanted 65.6" in output
     assert "Traceback" not in output
     assert time.monotonic() - began < 30
     assert not (tmp_path / "runs" / "greedy" / "data").exists()
+
+
+def test_groups_without_a_port_to_meet_at_are_refused_before_anything_runs(ray_session, tmp_path, cache_dir, capsys):
+    recipe = write_recipe(tmp_path, cache_dir, "deaf")
+    pair = ["ppo.groups.policy.workers=2", "ppo.groups.policy.cpus=0.2"]
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        assert run_here(recipe, *pair, f"cluster.ports=[{port},{port}]") == 2
+    assert capsys.readouterr().err == f"error no free port in {port}..{port} on {socket.gethostname()}; widen cluster.ports\n"
+    assert not (tmp_path / "runs" / "deaf" / "data").exists()

@@ -1,5 +1,6 @@
 """The actor graph with real models and a real vLLM engine: weights arrive, and a weight that does not is noticed."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ import ray
 
 from cluster.deadlines import wait
 from data import tokenizers
+from rlhf.advantages import next_kl_coef
 from rlhf.errors import TrainingError
 from rlhf.experience import merge
 from rlhf.graph import engines, open_graph
 from rlhf.models import new_causal_lm, save_model
-from rlhf.ppo import gate, generate, refuse_gap, sample_seed, sync_weights
-from rlhf.recipe import Model, Recipe
+from rlhf.ppo import gate, generate, kl_coef_after, refuse_gap, sample_seed, sync_weights
+from rlhf.recipe import Model, Ppo, Recipe
 from rlhf.roles import PolicyWorker
 
 pytestmark = pytest.mark.slow
@@ -111,3 +113,17 @@ def test_a_gap_that_is_no_number_is_refused(recipe):
     with pytest.raises(TrainingError, match="differ by nan"):
         refuse_gap(float("nan"), recipe, "here")
     refuse_gap(1e-6, recipe, "here")
+
+
+def test_a_resumed_run_takes_its_kl_weight_from_the_curve(tmp_path):
+    config = Ppo(kl_coef=0.2, kl_target=7, kl_horizon=512, rollout_batch=128)
+    rows, kl_coef = [], config.kl_coef
+    for step, kl in enumerate((0.1, 8.0, 7.3), start=1):
+        rows.append({"step": step, "ppo/kl": kl, "ppo/kl_coef": kl_coef})
+        kl_coef = next_kl_coef(kl_coef, kl, config)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert kl_coef_after(3, config, tmp_path) == kl_coef  # the same bits
+    assert kl_coef_after(0, config, tmp_path) == 0.2
+    assert kl_coef_after(9, Ppo(kl_coef=0.3), tmp_path) == 0.3  # fixed: no curve needed
+    with pytest.raises(TrainingError, match="has no step 4"):
+        kl_coef_after(4, config, tmp_path)
