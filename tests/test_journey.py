@@ -51,6 +51,8 @@ ppo:
   global_batch: 8
   max_prompt_tokens: 96
   max_response_tokens: 12
+  kl_target: 1
+  kl_horizon: 32
   checkpoint_every: 2
   groups:
     policy: {{cpus: 0.4}}
