@@ -250,7 +250,21 @@ class Pretrain(Training):
     learning_rate: float = key(3e-3, "Peak learning rate.", unit="per step", gt=0)
 
 
+class Adapter(Section):
+    method: Literal["none", "lora"] = key(
+        "none",
+        "`lora` trains two thin matrices beside each targeted one and merges them at the end; sft/adapter keeps them for peft.",
+        source="arXiv:2106.09685",
+    )
+    rank: int = key(8, "Width of the thin matrices.", ge=1)
+    alpha: float = key(16.0, "The thin matrices' product is multiplied by alpha / rank.", gt=0)
+    dropout: float = key(0.0, "Share of the adapter's inputs that are zeroed while training.", unit="fraction", ge=0, lt=1)
+    targets: Literal["all-linear"] | list[Source] = key("all-linear", "Names of the layers that get an adapter, as [q_proj, v_proj].")
+
+
 class Sft(Training):
+    adapter: Adapter = key(Adapter(), "Fine-tune few parameters instead of all.")
+    neftune_alpha: float = key(0.0, "Noise on the embeddings while training; 5 is usual, 0 is none.", ge=0, source="arXiv:2310.05914")
     epochs: float = key(2, "Passes over the conversations.", unit="epochs", gt=0)
     global_batch: int = key(32, "Conversations per optimizer step, over all workers.", unit="conversations", ge=1)
     max_tokens: int = key(256, "Longer conversations are cut to the most whole turns that fit.", unit="tokens", ge=8)
