@@ -49,10 +49,6 @@ KEPT = [
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
 ]
 
-# Checkpoints leave frozen parameters out: whoever loads one has them from the base model. (Of a tied
-# table torch writes the frozen output layer all the same.)
-WHAT_LEARNS = StateDictOptions(ignore_frozen_params=True, strict=False)
-
 # (model, micro-batch) -> (sum of the loss, further sums to report); the batch's weights say what the sum counts
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -157,21 +153,28 @@ class Learner:
 
     def save(self, folder: Path, step: int) -> None:
         """Write checkpoint `folder/step_N`, sharded over the ranks; only whole checkpoints ever get that name."""
-        model, optimizer = get_state_dict(self.model, self.optimizers, options=WHAT_LEARNS)
+        model, optimizer = get_state_dict(self.model, self.optimizers, options=what_learns(self.model))
         checkpoints.save(folder, step, {"model": model, "optimizer": optimizer}, {"optimizer_steps": self.taken})
 
     def load(self, folder: Path, step: int) -> None:
         """Continue exactly where checkpoint `folder/step_N` was written, on any number of ranks."""
-        model, optimizer = get_state_dict(self.model, self.optimizers, options=WHAT_LEARNS)
+        model, optimizer = get_state_dict(self.model, self.optimizers, options=what_learns(self.model))
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         self.taken = checkpoints.load(folder, step, state)["optimizer_steps"]
         loaded = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(self.model, self.optimizers, **loaded, options=WHAT_LEARNS)
+        set_state_dict(self.model, self.optimizers, **loaded, options=what_learns(self.model))
 
     def _sum(self, values: torch.Tensor) -> torch.Tensor:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+
+def what_learns(model: nn.Module) -> StateDictOptions:
+    """Checkpoints leave frozen parameters out: whoever loads one has them from the base model. (Of a tied table torch writes
+    the frozen output layer all the same.)"""
+    frozen = any(not p.requires_grad for p in model.parameters())
+    return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
 
 
 def checkpoint_activations(model: nn.Module, what: str) -> None:

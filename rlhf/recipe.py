@@ -244,7 +244,7 @@ class Training(Optimizer):
 
 
 class Pretrain(Training):
-    steps: int = key(400, "Optimizer steps.", unit="steps", ge=1)
+    steps: int = key(400, "Optimizer steps; 0 takes the model of `model.init` as it is.", unit="steps", ge=0)
     sequence_length: int = key(256, "Tokens of one window of the token stream; documents in it never see each other.", unit="tokens", ge=16)
     global_batch: int = key(8, "Windows per optimizer step, over all workers.", unit="windows", ge=1)
     learning_rate: float = key(3e-3, "Peak learning rate.", unit="per step", gt=0)
@@ -262,7 +262,20 @@ class Adapter(Section):
     targets: Literal["all-linear"] | list[Source] = key("all-linear", "Names of the layers that get an adapter, as [q_proj, v_proj].")
 
 
+class Distill(Section):
+    teacher: str | None = key(
+        None, "Model directory to learn from, with the student's vocabulary. Default: learn from the data alone.", unit="path"
+    )
+    divergence: Literal["forward", "reverse", "js"] = key(
+        "forward", "KL(teacher, student), KL(student, teacher), or the generalised Jensen-Shannon one between.", source="arXiv:2306.13649"
+    )
+    beta: float = key(0.5, "With `js`: the teacher's share of the mixture.", unit="fraction", gt=0, lt=1, source="arXiv:2306.13649")
+    temperature: float = key(1.0, "Both distributions are compared at this temperature.", gt=0, source="arXiv:1503.02531")
+    hard_weight: float = key(0.0, "Share of the plain cross-entropy in the loss.", unit="fraction", ge=0, le=1)
+
+
 class Sft(Training):
+    distill: Distill = key(Distill(), "Learn the distribution of a larger model instead of single tokens.")
     adapter: Adapter = key(Adapter(), "Fine-tune few parameters instead of all.")
     neftune_alpha: float = key(0.0, "Noise on the embeddings while training; 5 is usual, 0 is none.", ge=0, source="arXiv:2310.05914")
     epochs: float = key(2, "Passes over the conversations.", unit="epochs", gt=0)
@@ -385,6 +398,8 @@ class Recipe(Section):
         wrong = []
         limit = self.model.max_positions
         if self.model.init is None:
+            if not self.pretrain.steps:
+                wrong.append("pretrain.steps = 0 needs model.init, a model that has learned already")
             for name, length in {
                 "pretrain.sequence_length": self.pretrain.sequence_length,
                 "sft.max_tokens": self.sft.max_tokens,

@@ -1,5 +1,7 @@
 """Stage sft: learn to answer, from conversations; only what the assistant says is learned.
 
+All weights, or adapters beside them (`sft.adapter`); the tokens of the data, or a teacher's distribution over them (`sft.distill`).
+
 roundhouse run recipes/quickstart.yaml --only sft
 """
 
@@ -10,6 +12,8 @@ from pathlib import Path
 from data.examples import Examples
 from data.packing import Sample
 from rlhf.adapters import add_noise, save_merged, with_lora
+from rlhf.distillation import Student, distillation_loss, load_teacher
+from rlhf.distillation import figures as distillation_figures
 from rlhf.models import LanguageModel, load_causal_lm, save_model
 from rlhf.monitoring import Monitor
 from rlhf.pretrain import token_loss
@@ -26,21 +30,31 @@ def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
     base = inputs["pretrain"] / "model"
     adapter = recipe.sft.adapter
 
+    distill = recipe.sft.distill
+
     def model() -> LanguageModel:
         found = load_causal_lm(base)
         if adapter.method == "lora":
             found = with_lora(found, adapter, recipe.seed)
-        return LanguageModel(add_noise(found, recipe.sft.neftune_alpha) if recipe.sft.neftune_alpha else found)
+        if recipe.sft.neftune_alpha:
+            found = add_noise(found, recipe.sft.neftune_alpha)
+        if distill.teacher is None:
+            return LanguageModel(found)
+        return Student(found, load_teacher(distill.teacher, found.get_output_embeddings().weight.shape[0]), distill)
 
     return Task(
         model=model,
         train=units(conversations),
         validation=units(Examples(inputs["data"] / "sft", "validation")),
-        loss=token_loss,
-        figures=lambda sums: {"val_loss": sums["loss"] / sums["count"]},
+        loss=token_loss if distill.teacher is None else distillation_loss,
+        figures=figures if distill.teacher is None else distillation_figures,
         steps=math.ceil(recipe.sft.epochs * len(conversations) / recipe.sft.global_batch),
         save=save_model if adapter.method == "none" else partial(save_merged, base),
     )
+
+
+def figures(sums: dict[str, float]) -> dict[str, float]:
+    return {"val_loss": sums["loss"] / sums["count"]}
 
 
 def units(conversations: Examples) -> Units:

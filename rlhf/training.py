@@ -74,8 +74,9 @@ def train(stage: str, task: TaskOf, recipe: Recipe, inputs: dict[str, Path], out
             monitor.result(name, value)
 
     plain = recipe.model_dump(mode="json")
-    if recipe.model.init is not None:  # workers have working directories of their own
-        plain["model"]["init"] = str(Path(recipe.model.init).expanduser().resolve())
+    for section, name in ((plain["model"], "init"), (plain["sft"]["distill"], "teacher")):
+        if section[name] is not None:  # workers have working directories of their own
+            section[name] = str(Path(section[name]).expanduser().resolve())
     config = {
         "stage": stage,
         "task": task,
