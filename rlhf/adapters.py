@@ -1,6 +1,6 @@
-"""LoRA and noisy embeddings for the sft stage: few parameters learn, the model's own stay as they are.
+"""LoRA, QLoRA and noisy embeddings for the sft stage: few parameters learn, the model's own stay as they are.
 
-    model = LanguageModel(with_lora(load_causal_lm(path), recipe.sft.adapter, seed=0))
+    model = LanguageModel(with_adapter(load_causal_lm(path), recipe.sft.adapter, seed=0))
     learner = Learner(model, recipe.sft, steps)           # trains, clips and checkpoints only what requires a gradient
     save_merged(path, model.inner, full_weights(learner.model), tokenizer, out / "model")
 
@@ -18,18 +18,22 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from cluster.hardware import hardware
 from data.tokenizers import Tokenizer
 from rlhf.errors import RecipeError
 from rlhf.models import load_causal_lm, save_model
 from rlhf.recipe import Adapter
 
 
-def with_lora(model: PreTrainedModel, adapter: Adapter, seed: int) -> PreTrainedModel:
-    """The same model with W + alpha / rank * B A for every targeted W (arXiv:2106.09685); only A and B learn.
+def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> PreTrainedModel:
+    """The same model with W + alpha / rank * B A for every targeted W (arXiv:2106.09685); only A and B learn. With `qlora` all W
+    of the blocks are kept in 4 bits (arXiv:2305.14314).
 
     B starts at zero, so the model starts as it was; the same seed gives the same A in every process. Raises RecipeError
     when the model has no layer of the names in `targets`.
     """
+    if adapter.method == "qlora":
+        model = in_four_bits(model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
@@ -43,6 +47,28 @@ def with_lora(model: PreTrainedModel, adapter: Adapter, seed: int) -> PreTrained
             get_peft_model(model, config)
         except ValueError as error:
             raise RecipeError(f"sft.adapter.targets = {adapter.targets}: {error}") from error
+    return model
+
+
+def in_four_bits(model: PreTrainedModel) -> PreTrainedModel:
+    """The blocks' matrices as 4-bit normal floats, their scales quantised too, computing in `hardware().dtype`: 0.52 bytes a weight.
+
+    By bitsandbytes, in place. Every rank keeps them whole: they are not sharded.
+    """
+    import bitsandbytes as bnb  # a second to import, and few runs need it
+
+    hw = hardware()
+    for path, linear in list(model.base_model.named_modules()):
+        if type(linear) is not torch.nn.Linear:
+            continue
+        small = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, hw.dtype, compress_statistics=True, quant_type="nf4"
+        )
+        small.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, compress_statistics=True, quant_type="nf4")
+        small.bias = linear.bias
+        parent, _, name = path.rpartition(".")
+        setattr(model.base_model.get_submodule(parent), name, small.to(hw.device))
+    model.is_loaded_in_4bit = True  # what peft asks to choose its 4-bit layers
     return model
 
 

@@ -211,11 +211,13 @@ def shard(model: nn.Module, world: int) -> nn.Module:
         return model
     mesh = dist.device_mesh.init_device_mesh(hw.device.type, (world,))
     policy = MixedPrecisionPolicy(param_dtype=hw.dtype, reduce_dtype=torch.float32)
+    # Weights of 4 bits are packed bytes: every rank keeps them whole.
+    whole = {p for p in model.parameters() if not p.is_floating_point()}
     if hw.is_gpu:  # A CPU's ranks share one memory: one unit, gathered at once, took 0.56 s a step against 0.62 s block by block.
         blocks: Any = model.inner.base_model.layers  # type: ignore[union-attr]
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=whole)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
     return model
 
 

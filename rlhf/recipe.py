@@ -251,10 +251,11 @@ class Pretrain(Training):
 
 
 class Adapter(Section):
-    method: Literal["none", "lora"] = key(
+    method: Literal["none", "lora", "qlora"] = key(
         "none",
-        "`lora` trains two thin matrices beside each targeted one and merges them at the end; sft/adapter keeps them for peft.",
-        source="arXiv:2106.09685",
+        "`lora` trains two thin matrices beside each targeted one and merges them at the end; sft/adapter keeps them for peft. "
+        "`qlora` keeps the model's own matrices in 4 bits meanwhile.",
+        source="arXiv:2106.09685; arXiv:2305.14314",
     )
     rank: int = key(8, "Width of the thin matrices.", ge=1)
     alpha: float = key(16.0, "The thin matrices' product is multiplied by alpha / rank.", gt=0)

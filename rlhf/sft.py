@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data.examples import Examples
 from data.packing import Sample
-from rlhf.adapters import add_noise, save_merged, with_lora
+from rlhf.adapters import add_noise, save_merged, with_adapter
 from rlhf.distillation import Student, distillation_loss, load_teacher
 from rlhf.distillation import figures as distillation_figures
 from rlhf.models import LanguageModel, load_causal_lm, save_model
@@ -34,8 +34,8 @@ def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
 
     def model() -> LanguageModel:
         found = load_causal_lm(base)
-        if adapter.method == "lora":
-            found = with_lora(found, adapter, recipe.seed)
+        if adapter.method != "none":
+            found = with_adapter(found, adapter, recipe.seed)
         if recipe.sft.neftune_alpha:
             found = add_noise(found, recipe.sft.neftune_alpha)
         if distill.teacher is None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import batch_of, causal_lm, plain_twin, sequences
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from cluster import checkpoints
 from data.tokenizers import train
-from rlhf.adapters import add_noise, save_merged, with_lora
+from rlhf.adapters import add_noise, save_merged, with_adapter
 from rlhf.errors import RecipeError
 from rlhf.learner import Learner, full_weights
 from rlhf.models import LanguageModel, hidden_states, load_causal_lm
@@ -33,7 +34,7 @@ def text(step: int) -> list[np.ndarray]:
 
 
 def learner(adapter: Adapter = LORA, steps: int = 20) -> Learner:
-    return Learner(LanguageModel(with_lora(causal_lm(), adapter, seed=1)), CONFIG, steps)
+    return Learner(LanguageModel(with_adapter(causal_lm(), adapter, seed=1)), CONFIG, steps)
 
 
 def learns(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -42,7 +43,7 @@ def learns(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_gradients_are_pefts_own_row_by_row() -> None:
     rows = sequences([9, 3, 12, 7])
-    ours = LanguageModel(with_lora(causal_lm(), LORA, seed=1))
+    ours = LanguageModel(with_adapter(causal_lm(), LORA, seed=1))
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
     theirs = get_peft_model(plain_twin(causal_lm()), config)
     adapters = {name.removeprefix("inner."): p for name, p in ours.named_parameters() if p.requires_grad}
@@ -65,7 +66,7 @@ def test_gradients_are_pefts_own_row_by_row() -> None:
 def test_adapter_opens_in_peft_and_equals_the_merged_model(tmp_path: Path) -> None:
     tokenizer = train(["one word is not much of a text"], vocab_size=261)
     causal_lm(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path / "base")
-    trained = Learner(LanguageModel(with_lora(load_causal_lm(tmp_path / "base"), LORA, seed=1)), CONFIG, 5)
+    trained = Learner(LanguageModel(with_adapter(load_causal_lm(tmp_path / "base"), LORA, seed=1)), CONFIG, 5)
     for step in range(5):
         trained.step([batch_of(text(step))], token_loss)
     state = full_weights(trained.model)
@@ -120,9 +121,51 @@ def test_resumes_to_the_same_bytes_from_a_checkpoint_of_the_adapter_alone(tmp_pa
     assert checkpoints.steps(tmp_path) == {3}
 
 
+def test_four_bits(tmp_path: Path) -> None:
+    """The adapter's gradients are those of LoRA beside the rounded matrices; checkpoint, merged model and resume as for LoRA."""
+    tokenizer = train(["one word is not much of a text"], vocab_size=261)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 261}
+    causal_lm(**sizes).save_pretrained(tmp_path / "base")
+    four = LORA.model_copy(update={"method": "qlora"})
+
+    def start(adapter: Adapter = four) -> Learner:
+        return Learner(LanguageModel(with_adapter(load_causal_lm(tmp_path / "base"), adapter, seed=1)), CONFIG, 6)
+
+    small, rounded = start(), start(LORA)
+    own = sum(p.numel() * p.element_size() for name, p in small.model.named_parameters() if ".base_layer." in name)
+    assert own < 0.13 * sum(p.numel() * 4 for name, p in rounded.model.named_parameters() if ".base_layer." in name)
+    with torch.no_grad():
+        for name, layer in small.model.named_modules():
+            if name.endswith(".base_layer"):
+                exact = rounded.model.get_submodule(name).weight
+                dequantised = dequantize_4bit(layer.weight, layer.weight.quant_state)
+                assert 0.01 < (dequantised - exact).norm() / exact.norm() < 0.15
+                exact.copy_(dequantised)
+    for each in (small, rounded):
+        token_loss(each.model, batch_of(text(0)))[0].backward()
+    for (name, p), (_, q) in zip(small.model.named_parameters(), rounded.model.named_parameters(), strict=True):
+        if p.requires_grad:
+            assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
+
+    def run(trained: Learner, steps: range) -> Learner:
+        for step in steps:
+            trained.step([batch_of(text(step))], token_loss)
+        return trained
+
+    whole = run(start(), range(6))
+    run(start(), range(3)).save(tmp_path / "c", 3)
+    resumed = start()
+    resumed.load(tmp_path / "c", 3)
+    run(resumed, range(3, 6))
+    expected = learns(whole.model)
+    assert all(torch.equal(p, expected[name]) for name, p in learns(resumed.model).items())
+    save_merged(tmp_path / "base", whole.model.inner, full_weights(whole.model), tokenizer, tmp_path / "model")
+    assert load_causal_lm(tmp_path / "model").dtype == torch.float32
+
+
 def test_unknown_targets_are_named() -> None:
     with pytest.raises(RecipeError, match="no_such_layer"):
-        with_lora(causal_lm(), LORA.model_copy(update={"targets": ["no_such_layer"]}), seed=0)
+        with_adapter(causal_lm(), LORA.model_copy(update={"targets": ["no_such_layer"]}), seed=0)
 
 
 def test_noise_reaches_as_far_as_its_segment_says() -> None:
@@ -148,23 +191,25 @@ def two_ranks(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        trained = learner(steps=4)
-        for step in range(4):
-            trained.step([batch_of(text(step)[4 * rank : 4 * rank + 4])], token_loss)
-        state = full_weights(trained.model)
-        if rank == 0:
-            torch.save(state, folder / "state.pt")
+        for method in ("lora", "qlora"):
+            trained = learner(LORA.model_copy(update={"method": method}), steps=4)
+            for step in range(4):
+                trained.step([batch_of(text(step)[4 * rank : 4 * rank + 4])], token_loss)
+            state = full_weights(trained.model)
+            if rank == 0:
+                torch.save({name: t for name, t in state.items() if ".lora_" in name}, folder / f"{method}.pt")
     finally:
         dist.destroy_process_group()
 
 
 def test_two_ranks_shard_frozen_and_trained_weights_and_equal_one(tmp_path: Path) -> None:
     mp.spawn(two_ranks, args=(tmp_path,), nprocs=2)
-    alone = learner(steps=4)
-    for step in range(4):
-        alone.step([batch_of(text(step))], token_loss)
-    expected, found = full_weights(alone.model), torch.load(tmp_path / "state.pt", weights_only=True)
-    assert expected.keys() == found.keys()
-    for name, t in expected.items():
-        # Adam's first steps have the size of the rate whatever the gradient's: where that is near 0, rounding chooses the sign.
-        assert (found[name] - t).norm() <= 2e-3 * t.norm() + 1e-6, (name, float((found[name] - t).norm() / t.norm()))
+    for method in ("lora", "qlora"):
+        alone = learner(LORA.model_copy(update={"method": method}), steps=4)
+        for step in range(4):
+            alone.step([batch_of(text(step))], token_loss)
+        expected, found = learns(alone.model), torch.load(tmp_path / f"{method}.pt", weights_only=True)
+        assert {f"inner.{name}" for name in found} == expected.keys()
+        for name, t in found.items():
+            # Adam's first steps have the size of the rate whatever the gradient's: where that is near 0, rounding chooses the sign.
+            assert (expected[f"inner.{name}"] - t).norm() <= 2e-3 * t.norm() + 1e-6, (method, name)
