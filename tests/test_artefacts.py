@@ -234,7 +234,7 @@ def stage(name):
         (out / "model").write_text(name)
     return run
 whole = pipeline.run
-pipeline.run = lambda recipe, only, start: whole(recipe, only, start, stage)
+pipeline.run = lambda recipe, **part: whole(recipe, **part, function_of=stage)
 pipeline.connect = lambda address: nullcontext()
 pipeline._check_room = lambda recipe, stages: None
 cli.main()
