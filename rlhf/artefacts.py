@@ -52,12 +52,13 @@ MATTERS: dict[str, tuple[str, ...]] = {
 }
 
 # Keys inside those sections that change where, how safely or how often, but not what comes out.
-# `model.init` counts by the content of its directory (see `inputs`), not by its name.
+# `model.init` and `sft.distill.teacher` count by the content of their directories (see `inputs`), not by their names.
 NO_MATTER = {
     "data.cache_dir",
     "model.init",
     "pretrain.checkpoint_every",
     "sft.checkpoint_every",
+    "sft.distill.teacher",
     "reward.checkpoint_every",
     "ppo.checkpoint_every",
     "ppo.groups",

@@ -54,15 +54,16 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file,
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set: ppo.kl_coef=0.1")]
 Only = Annotated[str | None, typer.Option("--only", metavar="STAGE", help="Bring this stage alone up to date.")]
 From = Annotated[str | None, typer.Option("--from", metavar="STAGE", help="Bring this stage and all after it up to date.")]
+Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, only: Only = None, start: From = None) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, only: Only = None, start: From = None, until: Until = None) -> None:
     """Carry out a recipe: [b]data, pretrain, sft, reward, ppo, evaluate[/]. Finished stages are skipped, stopped ones go on."""
     loaded = recipe_file.load(recipe, overrides)
     from rlhf import pipeline
 
-    pipeline.run(loaded, only=only, start=start)
+    pipeline.run(loaded, only=only, start=start, until=until)
 
 
 @app.command()
@@ -72,6 +73,7 @@ def submit(
     address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = "http://127.0.0.1:8265",
     only: Only = None,
     start: From = None,
+    until: Until = None,
 ) -> None:
     """The same as [b]run[/], as a job on a running Ray cluster. Streams the job's log and ends with its exit code."""
     overrides = overrides or []
@@ -82,12 +84,12 @@ def submit(
     from cluster import jobs
     from rlhf.pipeline import choose
 
-    choose(only, start)
+    choose(only, start, until)
     command = [jobs.python_for(address), "-m", "rlhf.cli", "run", recipe.absolute().relative_to(here).as_posix(), *overrides]
     if not Path(loaded.runs_dir).expanduser().is_absolute():
         # A job runs in a throw-away copy of this directory: artefacts must not end there, nor start afresh every time.
         command.append(f"runs_dir={here / loaded.runs_dir}")
-    command += [part for flag, value in (("--only", only), ("--from", start)) if value for part in (flag, value)]
+    command += [part for flag, value in (("--only", only), ("--from", start), ("--until", until)) if value for part in (flag, value)]
     raise typer.Exit(jobs.submit(command, address, here, echo=say))
 
 

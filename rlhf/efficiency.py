@@ -4,8 +4,9 @@
     clock.start(); ...; clock.data_is_there(); ...; metrics = clock.stop(tokens, micro_batches)
     clock.summary()                        # of the whole stage: goodput, mean MFU, peak memory
 
-A training token costs 6 FLOP per parameter that multiplies it and 12 x layers x width per token of its segment, prefix included:
-Chowdhery et al. 2022, arXiv:2204.02311, appendix B, without a discount for causality, as the published figures count.
+A training token costs 6 FLOP per parameter that multiplies it (4 when it is frozen: it needs no gradient of its own) and 12 x
+layers x width per token of its segment, prefix included: Chowdhery et al. 2022, arXiv:2204.02311, appendix B, without a discount
+for causality, as the published figures count.
 """
 
 import resource
@@ -27,7 +28,8 @@ class Clock:
         table = inner.get_input_embeddings().weight  # type: ignore[union-attr, operator]
         head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None  # type: ignore[union-attr, operator]
         tied = head is not None and head.weight is table
-        self.parameters = sum(p.numel() for p in model.parameters()) - (0 if tied else table.numel())
+        cost = sum((6 if p.requires_grad else 4) * p.numel() for p in model.parameters())
+        self.per_token = cost - (0 if tied else (6 if table.requires_grad else 4) * table.numel())
         config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
         self.attention = 12 * config.num_hidden_layers * config.hidden_size
         self.peak = peak_flops() * world
@@ -64,7 +66,7 @@ class Clock:
     def _flops(self, batch: Batch) -> float:
         lengths, prefixes = batch.segments.lengths, batch.segments.prefixes
         attended = sum(n * (n + (lengths[p] if p >= 0 else 0)) for n, p in zip(lengths, prefixes, strict=True))
-        return 6 * self.parameters * len(batch.tokens) + self.attention * attended
+        return self.per_token * len(batch.tokens) + self.attention * attended
 
 
 def peak_memory() -> int:

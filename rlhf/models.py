@@ -9,6 +9,7 @@ A wrapper's forward holds the whole computation, output layer included, so that 
 `[tokens, vocabulary]` logits are never kept for a whole batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,7 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def log_probs(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(head(hidden) / temperature)[targets], float32 [R], for hidden [R, d] and targets int64 [R].
-
-    At most LOGIT_ROWS rows of logits exist at once: more rows than that are taken in chunks whose logits are computed
-    again for the backward pass.
-    """
+    """log softmax(head(hidden) / temperature)[targets], float32 [R], for hidden [R, d] and targets int64 [R]."""
 
     def some(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         logits = head(h).float()
@@ -120,10 +117,16 @@ def log_probs(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, temp
             logits = logits / temperature
         return -F.cross_entropy(logits, t, reduction="none")
 
-    if len(targets) <= LOGIT_ROWS or not torch.is_grad_enabled():
-        return torch.cat([some(h, t) for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)])
-    chunks = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-    return torch.cat([checkpoint(some, h, t, use_reentrant=False) for h, t in chunks])
+    return in_chunks(some, hidden, targets)
+
+
+def in_chunks(function: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+    """`function(*rows)` of tensors [R, ...], LOGIT_ROWS rows at a time, so that no more rows of logits exist at once; where
+    there are several chunks their logits are computed again for the backward pass."""
+    chunks = list(zip(*(of.split(LOGIT_ROWS) for of in rows), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        return torch.cat([function(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def new_causal_lm(model: Model, vocab_size: int, end_of_text: int, seed: int) -> PreTrainedModel:

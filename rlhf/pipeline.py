@@ -3,6 +3,7 @@
     run(recipe)                       # make what is not made, resume what is half made, skip the rest
     run(recipe, only="sft")           # this stage alone; what it needs must be there
     run(recipe, start="reward")       # this stage and all after it
+    run(recipe, until="sft")          # this stage and all before it
 
 A stage is a function `run(recipe, inputs, out, monitor)`: it reads its parents' directories, writes into `out`, which may hold
 its own checkpoints from an earlier try, and reports figures to the monitor. Hashes, markers and the order are kept here.
@@ -58,6 +59,7 @@ def run(
     recipe: Recipe,
     only: str | None = None,
     start: str | None = None,
+    until: str | None = None,
     function_of: Callable[[str], StageFunction] = stage_function,
 ) -> Path:
     """Carry out the recipe's stages and return the run's directory.
@@ -65,7 +67,7 @@ def run(
     Raises RecipeError before anything starts when the recipe cannot work, when another driver holds this run, or when
     `only` / `start` need an earlier stage that is not up to date; DataError and ClusterError as the stages find them.
     """
-    chosen = choose(only, start)
+    chosen = choose(only, start, until)
     preflight.check(recipe)
     run_dir = run_directory(recipe)
     with artefacts.lock(run_dir), _raising_on_sigterm():
@@ -88,16 +90,18 @@ def run(
     return run_dir
 
 
-def choose(only: str | None = None, start: str | None = None) -> tuple[str, ...]:
+def choose(only: str | None = None, start: str | None = None, until: str | None = None) -> tuple[str, ...]:
     """The stages to bring up to date, in order."""
-    for name in (only, start):
+    for name in (only, start, until):
         if name is not None and name not in STAGES:
             raise RecipeError(f"there is no stage {name!r}; the stages are {', '.join(STAGES)}")
-    if only is not None and start is not None:
-        raise RecipeError("--only and --from exclude each other: one stage, or one stage and all after it")
-    if only is not None:
-        return (only,)
-    return STAGES[STAGES.index(start) :] if start else STAGES
+    if only is not None and (start is not None or until is not None):
+        raise RecipeError("--only is one stage, --from and --until are a part of the line: give one or the other")
+    first = STAGES.index(only or start or STAGES[0])
+    last = STAGES.index(only or until or STAGES[-1])
+    if last < first:
+        raise RecipeError(f"--from {start} --until {until}: {until} comes before {start}")
+    return STAGES[first : last + 1]
 
 
 def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
@@ -137,6 +141,8 @@ def outside_inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
         if recipe.tokenizer.encoding == "model":
             names = [n for n in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja") if (model / n).exists()]
             found["data"] |= {f"model.init/{n}": artefacts.digest(model / n) for n in names}
+    if recipe.sft.distill.teacher is not None:
+        found["sft"] = {"sft.distill.teacher": artefacts.digest(Path(recipe.sft.distill.teacher).expanduser())}
     return found
 
 

@@ -19,6 +19,8 @@ def check(recipe: Recipe) -> None:
     problems = _runs_dir_problems(recipe)
     if recipe.model.init is not None:
         problems += _model_problems(recipe, Path(recipe.model.init).expanduser())
+    if recipe.sft.distill.teacher is not None:
+        problems += _directory_problems("sft.distill.teacher", Path(recipe.sft.distill.teacher).expanduser())
     if problems:
         raise RecipeError("\n".join(problems))
 
@@ -34,13 +36,8 @@ def _runs_dir_problems(recipe: Recipe) -> list[str]:
 
 
 def _model_problems(recipe: Recipe, model: Path) -> list[str]:
-    """A transformers directory must hold config, weights and tokenizer, and the recipe must fit what its config says."""
-    problems = []
-    if not (model / "config.json").is_file():
-        problems.append(f"model.init: {model} has no config.json; it should be a directory that transformers saved")
-    weights = ("model.safetensors", "model.safetensors.index.json")  # pickled weights are never loaded
-    if not any((model / name).is_file() for name in weights):
-        problems.append(f"model.init: {model} has no weights (model.safetensors or model.safetensors.index.json)")
+    """The directory must hold a tokenizer too, and the recipe must fit what its config says."""
+    problems = _directory_problems("model.init", model)
     if recipe.tokenizer.encoding == "model" and not (model / "tokenizer.json").is_file():
         problems.append(f"model.init: {model} has no tokenizer.json; save the tokenizer beside the model, or set tokenizer.encoding")
     if problems:
@@ -48,6 +45,17 @@ def _model_problems(recipe: Recipe, model: Path) -> list[str]:
     config = _json(model / "config.json")
     config = config.get("text_config", config)  # models that also see nest their language part
     return _length_problems(recipe, config) + _vocabulary_problems(recipe, model, config)
+
+
+def _directory_problems(key: str, model: Path) -> list[str]:
+    """A transformers directory holds a config and weights."""
+    problems = []
+    if not (model / "config.json").is_file():
+        problems.append(f"{key}: {model} has no config.json; it should be a directory that transformers saved")
+    weights = ("model.safetensors", "model.safetensors.index.json")  # pickled weights are never loaded
+    if not any((model / name).is_file() for name in weights):
+        problems.append(f"{key}: {model} has no weights (model.safetensors or model.safetensors.index.json)")
+    return problems
 
 
 def _length_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:

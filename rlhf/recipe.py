@@ -244,13 +244,41 @@ class Training(Optimizer):
 
 
 class Pretrain(Training):
-    steps: int = key(400, "Optimizer steps.", unit="steps", ge=1)
+    steps: int = key(400, "Optimizer steps; 0 takes the model of `model.init` as it is.", unit="steps", ge=0)
     sequence_length: int = key(256, "Tokens of one window of the token stream; documents in it never see each other.", unit="tokens", ge=16)
     global_batch: int = key(8, "Windows per optimizer step, over all workers.", unit="windows", ge=1)
     learning_rate: float = key(3e-3, "Peak learning rate.", unit="per step", gt=0)
 
 
+class Adapter(Section):
+    method: Literal["none", "lora", "qlora"] = key(
+        "none",
+        "`lora` trains two thin matrices beside each targeted one and merges them at the end; sft/adapter keeps them for peft. "
+        "`qlora` keeps the model's own matrices in 4 bits meanwhile.",
+        source="arXiv:2106.09685; arXiv:2305.14314",
+    )
+    rank: int = key(8, "Width of the thin matrices.", ge=1)
+    alpha: float = key(16.0, "The thin matrices' product is multiplied by alpha / rank.", gt=0)
+    dropout: float = key(0.0, "Share of the adapter's inputs that are zeroed while training.", unit="fraction", ge=0, lt=1)
+    targets: Literal["all-linear"] | list[Source] = key("all-linear", "Names of the layers that get an adapter, as [q_proj, v_proj].")
+
+
+class Distill(Section):
+    teacher: str | None = key(
+        None, "Model directory to learn from, with the student's vocabulary. Default: learn from the data alone.", unit="path"
+    )
+    divergence: Literal["forward", "reverse", "js"] = key(
+        "forward", "KL(teacher, student), KL(student, teacher), or the generalised Jensen-Shannon one between.", source="arXiv:2306.13649"
+    )
+    beta: float = key(0.5, "With `js`: the teacher's share of the mixture.", unit="fraction", gt=0, lt=1, source="arXiv:2306.13649")
+    temperature: float = key(1.0, "Both distributions are compared at this temperature.", gt=0, source="arXiv:1503.02531")
+    hard_weight: float = key(0.0, "Share of the plain cross-entropy in the loss.", unit="fraction", ge=0, le=1)
+
+
 class Sft(Training):
+    distill: Distill = key(Distill(), "Learn the distribution of a larger model instead of single tokens.")
+    adapter: Adapter = key(Adapter(), "Fine-tune few parameters instead of all.")
+    neftune_alpha: float = key(0.0, "Noise on the embeddings while training; 5 is usual, 0 is none.", ge=0, source="arXiv:2310.05914")
     epochs: float = key(2, "Passes over the conversations.", unit="epochs", gt=0)
     global_batch: int = key(32, "Conversations per optimizer step, over all workers.", unit="conversations", ge=1)
     max_tokens: int = key(256, "Longer conversations are cut to the most whole turns that fit.", unit="tokens", ge=8)
@@ -371,6 +399,8 @@ class Recipe(Section):
         wrong = []
         limit = self.model.max_positions
         if self.model.init is None:
+            if not self.pretrain.steps:
+                wrong.append("pretrain.steps = 0 needs model.init, a model that has learned already")
             for name, length in {
                 "pretrain.sequence_length": self.pretrain.sequence_length,
                 "sft.max_tokens": self.sft.max_tokens,

@@ -200,9 +200,10 @@ def _missing_files(values: dict[str, Any]) -> list[Problem]:
             what = problem(source) if isinstance(source, str) else None
             if what:
                 problems.append(Problem(("data", key, i), f": {what}"))
-    init = _section(values, "model").get("init")
-    if isinstance(init, str) and not Path(init).expanduser().is_dir():
-        problems.append(Problem(("model", "init"), f"is no directory: {init}"))
+    for section, name in (("model",), "init"), (("sft", "distill"), "teacher"):
+        directory = _section(values, *section).get(name)
+        if isinstance(directory, str) and not Path(directory).expanduser().is_dir():
+            problems.append(Problem((*section, name), f"is no directory: {directory}"))
     return problems
 
 
@@ -225,9 +226,12 @@ def _message(path: str, problems: list[Problem], places: dict[KeyPath, str]) -> 
     return "\n".join([f"{path} has {len(rows)} problems:"] + [f"  {place + ': ' if place else ''}{what}" for _, place, what in rows])
 
 
-def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    section = values.get(name)
-    return section if isinstance(section, dict) else {}
+def _section(values: dict[str, Any], *path: str) -> dict[str, Any]:
+    """The section at `path`; empty when it is missing or no section at all."""
+    found: Any = values
+    for name in path:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _short(value: Any) -> str:

@@ -1,14 +1,20 @@
 """Stage sft: learn to answer, from conversations; only what the assistant says is learned.
 
+All weights, or adapters beside them (`sft.adapter`); the tokens of the data, or a teacher's distribution over them (`sft.distill`).
+
 roundhouse run recipes/quickstart.yaml --only sft
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 from data.examples import Examples
 from data.packing import Sample
-from rlhf.models import LanguageModel, load_causal_lm
+from rlhf.adapters import add_noise, save_merged, with_adapter
+from rlhf.distillation import Student, distillation_loss, load_teacher
+from rlhf.distillation import figures as distillation_figures
+from rlhf.models import LanguageModel, load_causal_lm, save_model
 from rlhf.monitoring import Monitor
 from rlhf.pretrain import token_loss
 from rlhf.recipe import Recipe
@@ -21,14 +27,34 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
 
 def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
     conversations = Examples(inputs["data"] / "sft", "train")
+    base = inputs["pretrain"] / "model"
+    adapter = recipe.sft.adapter
+
+    distill = recipe.sft.distill
+
+    def model() -> LanguageModel:
+        found = load_causal_lm(base)
+        if adapter.method != "none":
+            found = with_adapter(found, adapter, recipe.seed)
+        if recipe.sft.neftune_alpha:
+            found = add_noise(found, recipe.sft.neftune_alpha)
+        if distill.teacher is None:
+            return LanguageModel(found)
+        return Student(found, load_teacher(distill.teacher, found.get_output_embeddings().weight.shape[0]), distill)
+
     return Task(
-        model=lambda: LanguageModel(load_causal_lm(inputs["pretrain"] / "model")),
+        model=model,
         train=units(conversations),
         validation=units(Examples(inputs["data"] / "sft", "validation")),
-        loss=token_loss,
-        figures=lambda sums: {"val_loss": sums["loss"] / sums["count"]},
+        loss=token_loss if distill.teacher is None else distillation_loss,
+        figures=figures if distill.teacher is None else distillation_figures,
         steps=math.ceil(recipe.sft.epochs * len(conversations) / recipe.sft.global_batch),
+        save=save_model if adapter.method == "none" else partial(save_merged, base),
     )
+
+
+def figures(sums: dict[str, float]) -> dict[str, float]:
+    return {"val_loss": sums["loss"] / sums["count"]}
 
 
 def units(conversations: Examples) -> Units:

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 import torch.nn as nn
+from transformers import PreTrainedModel
 
 from cluster import checkpoints
 from cluster.training import Layout, Report, fit
 from data.errors import DataError
 from data.order import batch_indices
 from data.packing import Sample, balance, pack
+from data.tokenizers import Tokenizer
 from data.tokenizers import load as load_tokenizer
 from rlhf.efficiency import Clock
 from rlhf.errors import NotFinite, TrainingError
@@ -53,6 +56,7 @@ class Task:
     loss: Loss
     figures: Callable[[dict[str, float]], dict[str, float]]  # sums over the validation set -> what is reported
     steps: int
+    save: Callable[[PreTrainedModel, dict[str, torch.Tensor], Tokenizer, Path], None] = save_model  # what rank 0 leaves as out/model
 
 
 TaskOf = Callable[[Recipe, dict[str, Path]], Task]  # called on every worker: what it opens is opened there
@@ -70,8 +74,9 @@ def train(stage: str, task: TaskOf, recipe: Recipe, inputs: dict[str, Path], out
             monitor.result(name, value)
 
     plain = recipe.model_dump(mode="json")
-    if recipe.model.init is not None:  # workers have working directories of their own
-        plain["model"]["init"] = str(Path(recipe.model.init).expanduser().resolve())
+    for section, name in ((plain["model"], "init"), (plain["sft"]["distill"], "teacher")):
+        if section[name] is not None:  # workers have working directories of their own
+            section[name] = str(Path(section[name]).expanduser().resolve())
     config = {
         "stage": stage,
         "task": task,
@@ -132,6 +137,7 @@ def worker(config: dict[str, Any], report: Report) -> None:
         mine = batches(task.train, ids)
         clock.data_is_there()
         try:
+            torch.manual_seed((recipe.seed * 1_000_003 + step) * 65_536 + rank)  # dropout and noise are the same after a restart
             metrics = learner.step(mine, task.loss)
         except NotFinite as error:
             bad = [ids[i] for at, k in error.places for i in plan(task.train, ids)[at][k]] or ids
@@ -164,7 +170,7 @@ def worker(config: dict[str, Any], report: Report) -> None:
     state = full_weights(learner.model)
     if curves is not None:
         curves.close()
-        save_model(learner.model.inner, state, load_tokenizer(inputs["data"] / "tokenizer"), out / "model")
+        task.save(learner.model.inner, state, load_tokenizer(inputs["data"] / "tokenizer"), out / "model")
     dist.barrier()
     parameters = sum(p.numel() for p in learner.model.parameters())
     report({"results": {**validated, "steps": task.steps, "parameters": parameters, **clock.summary()}})

@@ -54,9 +54,9 @@ def go(recipe_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     monkeypatch.setattr(pipeline, "_check_room", lambda recipe, stages: None)
     monkeypatch.setattr(pipeline, "_finish", lambda run_dir, ran: None)
 
-    def run(*overrides: str, only: str | None = None, start: str | None = None) -> tuple[list[str], Stages]:
+    def run(*overrides: str, **part: str) -> tuple[list[str], Stages]:
         stages.ran = []
-        pipeline.run(recipe_file.load(recipe_path, list(overrides)), only, start, function_of=stages)
+        pipeline.run(recipe_file.load(recipe_path, list(overrides)), **part, function_of=stages)
         return stages.ran, stages
 
     run.stages = stages  # type: ignore[attr-defined]
@@ -149,7 +149,7 @@ def test_removed_directory_is_made_again_with_all_that_stands_on_it(go, tmp_path
     assert go()[0] == []
 
 
-def test_only_and_from(go) -> None:
+def test_only_from_and_until(go) -> None:
     with pytest.raises(RecipeError, match="data is not made yet; pretrain is not made yet"):
         go(only="sft")
     go()
@@ -160,8 +160,12 @@ def test_only_and_from(go) -> None:
     assert go("reward.epochs=2", start="reward")[0] == ["reward", "ppo", "evaluate"]
     with pytest.raises(RecipeError, match="no stage 'rewards'"):
         go(start="rewards")
-    with pytest.raises(RecipeError, match="exclude each other"):
+    assert go("reward.epochs=3", "ppo.steps=9", start="reward", until="reward")[0] == ["reward"]
+    assert go("pretrain.steps=5", until="sft")[0] == ["pretrain", "sft"]
+    with pytest.raises(RecipeError, match="one or the other"):
         go(only="sft", start="sft")
+    with pytest.raises(RecipeError, match="pretrain comes before sft"):
+        go(start="sft", until="pretrain")
 
 
 def test_line_says_why_a_stage_runs_again(go, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +234,7 @@ def stage(name):
         (out / "model").write_text(name)
     return run
 whole = pipeline.run
-pipeline.run = lambda recipe, only, start: whole(recipe, only, start, stage)
+pipeline.run = lambda recipe, **part: whole(recipe, **part, function_of=stage)
 pipeline.connect = lambda address: nullcontext()
 pipeline._check_room = lambda recipe, stages: None
 cli.main()

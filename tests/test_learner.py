@@ -49,14 +49,15 @@ def flat(learner: Learner) -> torch.Tensor:
 
 
 def test_equals_a_plain_loop() -> None:
-    """20 steps of plain transformers, one row after another, torch's unfused AdamW, clipping and schedule by hand."""
-    ours, twin = learner(20), plain_twin(causal_lm())
+    """100 steps of plain transformers, one row after another, torch's unfused AdamW, clipping and schedule by hand: the same
+    curve to 1e-4 at every step."""
+    ours, twin = learner(100), plain_twin(causal_lm())
     matrices = [p for p in twin.parameters() if p.ndim > 1]
     vectors = [p for p in twin.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
     losses = []
-    for step in range(20):
+    for step in range(100):
         tokens = step_tokens(step)
         metrics = ours.step([batch_of(tokens[:5]), batch_of(tokens[5:])], loss)
 
@@ -70,19 +71,19 @@ def test_equals_a_plain_loop() -> None:
         norm = math.sqrt(sum(float((p.grad**2).sum()) for p in twin.parameters()))
         for p in twin.parameters():
             p.grad *= min(1.0, 0.5 / (norm + 1e-6))
-        rate = 3e-3 * (step + 1) / 3 if step < 2 else 3e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / 17)) / 2)
+        rate = 3e-3 * (step + 1) / 11 if step < 10 else 3e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 89)) / 2)
         for group in adam.param_groups:
             group["lr"] = rate
         adam.step()
 
-        assert metrics["loss"] == pytest.approx(mean.item(), rel=1e-5)
-        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert metrics["loss"] == pytest.approx(mean.item(), abs=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
         assert metrics["learning_rate"] == pytest.approx(rate, rel=1e-9)
         assert metrics["tokens"] == 1.0
         losses.append(metrics["loss"])
     assert losses[-1] < losses[0] - 0.5, "it should have learned something"
     for p, q in zip(ours.model.inner.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+        assert (p - q).norm() < 1e-4 * q.norm()
 
 
 def test_fused_adam_equals_the_unfused_to_1e_6() -> None:
