@@ -26,11 +26,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from data.files import sha256_of, write_json
 from rlhf.errors import RecipeError
 from rlhf.recipe import Recipe
 
-STAGES = ("data", "pretrain", "sft", "reward", "ppo", "evaluate")
+STAGES = ("data", "pretrain", "sft", "reward", "ppo", "preference", "evaluate")
+ALIGNING = ("ppo", "preference")  # a recipe has one of them: `align` names it
 
 PARENTS: dict[str, tuple[str, ...]] = {
     "data": (),
@@ -38,7 +41,8 @@ PARENTS: dict[str, tuple[str, ...]] = {
     "sft": ("data", "pretrain"),
     "reward": ("data", "sft"),
     "ppo": ("data", "sft", "reward"),
-    "evaluate": ("data", "pretrain", "sft", "reward", "ppo"),
+    "preference": ("data", "sft"),
+    "evaluate": ("data", "pretrain", "sft", "reward", *ALIGNING),
 }
 
 # What of the recipe changes a stage's result, beyond what its parents' hashes already cover. A section stands for all its keys.
@@ -48,6 +52,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "sft": ("seed", "sft"),
     "reward": ("seed", "reward"),
     "ppo": ("seed", "ppo"),
+    "preference": ("seed", "preference"),
     "evaluate": ("seed", "evaluate"),
 }
 
@@ -60,6 +65,7 @@ NO_MATTER = {
     "sft.checkpoint_every",
     "sft.distill.teacher",
     "reward.checkpoint_every",
+    "preference.checkpoint_every",
     "ppo.checkpoint_every",
     "ppo.groups",
     "ppo.log_prob_gap_limit",
@@ -89,13 +95,24 @@ class Identity:
         return {"stage": self.stage, "hash": self.hash, "recipe": self.recipe, "inputs": self.inputs, "parents": self.parents}
 
 
+def stages_of(align: str) -> tuple[str, ...]:
+    """The stages of a recipe that aligns by `align`, in order."""
+    return tuple(stage for stage in STAGES if stage not in ALIGNING or stage == align)
+
+
+def stages_in(run_dir: Path) -> tuple[str, ...]:
+    """The stages of a run, made or not."""
+    recipe = run_dir / "recipe.yaml"
+    return stages_of(yaml.safe_load(recipe.read_text(encoding="utf-8")).get("align", ALIGNING[0]) if recipe.exists() else ALIGNING[0])
+
+
 def identities(recipe: Recipe, inputs: dict[str, dict[str, str]]) -> dict[str, Identity]:
     """The identity of every stage. `inputs`: stage -> {source: digest}, for stages that read from outside the run."""
     flat = _flat(recipe.model_dump(mode="json"))
     found: dict[str, Identity] = {}
-    for stage in STAGES:
+    for stage in stages_of(recipe.align):
         matters = {k: v for k, v in flat.items() if _within(k, MATTERS[stage]) and not _within(k, NO_MATTER)}
-        found[stage] = Identity(stage, matters, inputs.get(stage, {}), {p: found[p].hash for p in PARENTS[stage]})
+        found[stage] = Identity(stage, matters, inputs.get(stage, {}), {p: found[p].hash for p in PARENTS[stage] if p in found})
     return found
 
 

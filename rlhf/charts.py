@@ -65,6 +65,20 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             (Level("a coin", 0.5),),
         ),
     ),
+    "preference": (
+        Chart("Loss", "per ranking", (Curve("preference/loss", "training", False), Curve("preference/val_loss", "held out"))),
+        Chart(
+            "Pairs ordered as people did",
+            "fraction",
+            (Curve("preference/accuracy", "training", False), Curve("preference/pair_accuracy", "held out")),
+            (Level("a coin", 0.5),),
+        ),
+        Chart(
+            "How far held-out answers moved",
+            "log-ratio to the SFT model, nats",
+            (Curve("preference/better_log_ratio", "better"), Curve("preference/worse_log_ratio", "worse", False)),
+        ),
+    ),
     "ppo": (
         Chart("Reward of the rollouts", "reward, mean and spread", (Curve("ppo/reward", band="ppo/reward_sd"),)),
         Chart("Distance from the SFT model", "KL, nats per response", (Curve("ppo/kl"),)),

@@ -59,7 +59,7 @@ Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Sto
 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, only: Only = None, start: From = None, until: Until = None) -> None:
-    """Carry out a recipe: [b]data, pretrain, sft, reward, ppo, evaluate[/]. Finished stages are skipped, stopped ones go on."""
+    """Carry out a recipe: [b]data, pretrain, sft, reward, ppo (or preference), evaluate[/]. What is finished is skipped."""
     loaded = recipe_file.load(recipe, overrides)
     from rlhf import pipeline
 
@@ -82,9 +82,10 @@ def submit(
     if not recipe.absolute().is_relative_to(here):
         raise RecipeError(f"{recipe} lies outside of {here}, which is what the job gets; copy it into the repository")
     from cluster import jobs
+    from rlhf.artefacts import stages_of
     from rlhf.pipeline import choose
 
-    choose(only, start, until)
+    choose(stages_of(loaded.align), only, start, until)
     command = [jobs.python_for(address), "-m", "rlhf.cli", "run", recipe.absolute().relative_to(here).as_posix(), *overrides]
     if not Path(loaded.runs_dir).expanduser().is_absolute():
         # A job runs in a throw-away copy of this directory: artefacts must not end there, nor start afresh every time.

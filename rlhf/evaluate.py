@@ -1,4 +1,4 @@
-"""Stage evaluate: did it work? Held-out text for every stage's model, held-out prompts for SFT against PPO.
+"""Stage evaluate: did it work? Held-out text for every stage's model, held-out prompts for the SFT model against the aligned one.
 
 Both models answer the same prompts with the same sampling seeds. The answers are judged by the reward model, which PPO was
 trained to please, and by an independent scorer, which nobody was trained on. A gain that only the first one sees is not one.
@@ -49,7 +49,9 @@ class JudgedModel(ReferenceWorker):
 
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
     """Start the two models, the reward model and the engines; measure; write `samples.json` for the report."""
-    data, models = inputs["data"].resolve(), {s: inputs[s].resolve() / "model" for s in ("sft", "reward", "ppo")}
+    data = inputs["data"].resolve()
+    judged = {"sft": "sft", "reward": "reward", "aligned": recipe.align}
+    models = {name: inputs[stage].resolve() / "model" for name, stage in judged.items()}
     tokenizer = load_tokenizer(data / "tokenizer")
     shards, length = data / "pretrain" / "validation", recipe.pretrain.sequence_length
     held_out = Examples(data / "prompts", "validation")
@@ -58,17 +60,17 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     roles: dict[str, Role] = {
         "rollout": engines(recipe, models["sft"], tokenizer),
         "reference": (JudgedModel, (recipe, models["sft"])),
-        "policy": (JudgedModel, (recipe, models["ppo"])),
+        "policy": (JudgedModel, (recipe, models["aligned"])),
         "reward": (RewardWorker, (recipe, models["reward"])),
     }
     with open_graph(recipe, roles) as graph:
         loading = {name: ref for role in ("reference", "policy", "reward") for name, ref in graph[role].start("load").items()}
         wait(loading | graph["rollout"].start("ready"), seconds, "load the models")
         monitor.progress(1, 5, "held-out text")
-        text = {stage: graph[role].start("held_out", shards, length) for stage, role in (("sft", "reference"), ("ppo", "policy"))}
+        text = {stage: graph[role].start("held_out", shards, length) for stage, role in (("sft", "reference"), ("aligned", "policy"))}
         bits = {stage: next(iter(wait(refs, seconds, "held-out text").values())) for stage, refs in text.items()}
         answers = {}
-        for i, (stage, role) in enumerate((("sft", "reference"), ("ppo", "policy"))):
+        for i, (stage, role) in enumerate((("sft", "reference"), ("aligned", "policy"))):
             monitor.progress(2 + i, 5, f"{len(prompts)} answers of the {stage} model")
             answers[stage] = judge(graph, recipe, prompts, role, stage)
     monitor.progress(4, 5, "figures")
@@ -81,18 +83,18 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     scorer = SCORERS[recipe.evaluate.scorer]
     texts = {stage: [tokenizer.decode(ids, skip_special=True) for ids in responses(a[0])] for stage, a in answers.items()}
     independent = {stage: np.array(scorer(t)) for stage, t in texts.items()}
-    (_, sft, _), (rollout, ppo, kl) = answers["sft"], answers["ppo"]
+    (_, sft, _), (rollout, aligned, kl) = answers["sft"], answers["aligned"]
     monitor.result("prompts", len(prompts))
     monitor.result("sft_reward", float(sft.mean()))
-    monitor.result("ppo_reward", float(ppo.mean()))
-    monitor.result("reward_gain_sd", float((ppo.mean() - sft.mean()) / sft.std()))
+    monitor.result("aligned_reward", float(aligned.mean()))
+    monitor.result("reward_gain_sd", float((aligned.mean() - sft.mean()) / sft.std()))
     monitor.result("kl_nats", float(kl.mean()))
     monitor.result("independent_scorer", recipe.evaluate.scorer)
     for stage, values in independent.items():
         monitor.result(f"{stage}_independent", float(values.mean()))
-    monitor.result("independent_gain", float(independent["ppo"].mean() - independent["sft"].mean()))
+    monitor.result("independent_gain", float(independent["aligned"].mean() - independent["sft"].mean()))
     monitor.result("response_tokens", float(rollout.response_lengths.mean()))
-    monitor.result("distinct_answers", len(set(texts["ppo"])) / len(prompts))
+    monitor.result("distinct_answers", len(set(texts["aligned"])) / len(prompts))
     shown = range(min(recipe.evaluate.samples, len(prompts)))
     write_json(
         out / "samples.json",

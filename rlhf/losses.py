@@ -21,6 +21,39 @@ def pairwise_ranking(better: torch.Tensor, worse: torch.Tensor, margins: torch.T
     return -F.logsigmoid(better - worse - margins)
 
 
+def dpo(leads: torch.Tensor, beta: float) -> torch.Tensor:
+    """-log sigmoid(beta lead), float32 [P]; lead = log (pi / pi_ref)(better) - log (pi / pi_ref)(worse), whole answers, in nats.
+
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7.
+    """
+    return -F.logsigmoid(beta * leads)
+
+
+def ipo(leads: torch.Tensor, beta: float) -> torch.Tensor:
+    """(lead - 1 / (2 beta))^2, float32 [P]; lead as for `dpo`, but of log-probabilities per token, in nats.
+
+    Azar et al. 2023, arXiv:2310.12036, eq. 17. Per token, so that long answers are not pulled apart further than short ones.
+    """
+    return (leads - 1 / (2 * beta)).square()
+
+
+def simpo(leads: torch.Tensor, beta: float, margin: float) -> torch.Tensor:
+    """-log sigmoid(beta lead - margin), float32 [P]; lead = log pi(better) - log pi(worse) per token, in nats.
+
+    Meng et al. 2024, arXiv:2405.14734, eq. 6.
+    """
+    return -F.logsigmoid(beta * leads - margin)
+
+
+def kto(ratios: torch.Tensor, desirable: torch.Tensor, level: torch.Tensor, beta: float) -> torch.Tensor:
+    """1 - sigmoid(+-beta (ratio - level)), float32 [N]: plus for desirable answers (bool [N]), minus for the others.
+
+    ratio = log (pi / pi_ref)(answer); level, 0-dimensional, is how far the policy has moved: max(0, mean ratio of answers to other
+    prompts), without gradient. All in nats. Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8.
+    """
+    return 1 - torch.sigmoid(beta * torch.where(desirable, ratios - level, level - ratios))
+
+
 def clipped_policy(
     log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, clip_range: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

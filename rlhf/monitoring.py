@@ -72,6 +72,7 @@ class Monitor:
         self._bar.update(self._task, completed=step, total=total, text=text, count=f"{step:,}/{total:,}")
         if self._live is None:
             now, tenth = time.monotonic(), step * PLAIN_LINES // max(total, 1)
+            self._said_tenth = min(self._said_tenth, tenth)  # another count has begun
             if tenth > self._said_tenth and now - self._said_at >= PLAIN_SECONDS:
                 self._said_at, self._said_tenth = now, tenth
                 say(f"  {self.stage:<9} {step}/{total}" + (f"  {text}" if text else ""))

@@ -1,4 +1,4 @@
-"""The line of stages: data -> pretrain -> sft -> reward -> ppo -> evaluate.
+"""The line of stages: data -> pretrain -> sft -> reward -> ppo (or preference) -> evaluate.
 
     run(recipe)                       # make what is not made, resume what is half made, skip the rest
     run(recipe, only="sft")           # this stage alone; what it needs must be there
@@ -22,7 +22,7 @@ from typing import Any
 from cluster.connect import connect
 from data.files import write_json
 from rlhf import artefacts, preflight, recipe_file
-from rlhf.artefacts import PARENTS, STAGES, Identity
+from rlhf.artefacts import ALIGNING, STAGES, Identity, stages_in, stages_of
 from rlhf.errors import RecipeError
 from rlhf.monitoring import Monitor, console, duration, read_metrics, say
 from rlhf.recipe import Recipe
@@ -36,6 +36,7 @@ TELLING = (
     "pretrain/val_bits_per_byte",
     "sft/val_loss",
     "reward/pair_accuracy",
+    "preference/pair_accuracy",
     "ppo/reward_last",
     "ppo/log_prob_gap_max",
     "evaluate/reward_gain_sd",
@@ -67,7 +68,7 @@ def run(
     Raises RecipeError before anything starts when the recipe cannot work, when another driver holds this run, or when
     `only` / `start` need an earlier stage that is not up to date; DataError and ClusterError as the stages find them.
     """
-    chosen = choose(only, start, until)
+    chosen = choose(stages_of(recipe.align), only, start, until)
     preflight.check(recipe)
     run_dir = run_directory(recipe)
     with artefacts.lock(run_dir), _raising_on_sigterm():
@@ -90,18 +91,19 @@ def run(
     return run_dir
 
 
-def choose(only: str | None = None, start: str | None = None, until: str | None = None) -> tuple[str, ...]:
-    """The stages to bring up to date, in order."""
+def choose(stages: tuple[str, ...], only: str | None = None, start: str | None = None, until: str | None = None) -> tuple[str, ...]:
+    """Those of `stages` to bring up to date, in order."""
     for name in (only, start, until):
-        if name is not None and name not in STAGES:
-            raise RecipeError(f"there is no stage {name!r}; the stages are {', '.join(STAGES)}")
+        if name is not None and name not in stages:
+            hint = f"; align={name} puts it into the line" if name in STAGES else ""
+            raise RecipeError(f"there is no stage {name!r}; the stages are {', '.join(stages)}{hint}")
     if only is not None and (start is not None or until is not None):
         raise RecipeError("--only is one stage, --from and --until are a part of the line: give one or the other")
-    first = STAGES.index(only or start or STAGES[0])
-    last = STAGES.index(only or until or STAGES[-1])
+    first = stages.index(only or start or stages[0])
+    last = stages.index(only or until or stages[-1])
     if last < first:
         raise RecipeError(f"--from {start} --until {until}: {until} comes before {start}")
-    return STAGES[first : last + 1]
+    return stages[first : last + 1]
 
 
 def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
@@ -113,7 +115,7 @@ def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
     from rlhf.graph import demands
     from rlhf.training import layout
 
-    if {"pretrain", "sft", "reward"} & set(stages):
+    if {"pretrain", "sft", "reward", "preference"} & set(stages):
         placement.check({"training": layout(recipe).demand})
     if {"ppo", "evaluate"} & set(stages):
         groups = demands(recipe)
@@ -150,7 +152,7 @@ def write_summary(run_dir: Path) -> None:
     """summary.json: every stage's figures under `stage/name`, its `stage/wall_seconds`, and their sum `wall_seconds`."""
     summary: dict[str, Any] = {}
     total = 0.0
-    for stage in STAGES:
+    for stage in stages_in(run_dir):
         manifest = artefacts.read_json(run_dir / stage / "manifest.json")
         if manifest is not None:
             summary |= read_metrics(run_dir / stage)
@@ -181,7 +183,7 @@ def _bring_up(stage: str, recipe: Recipe, run_dir: Path, identity: Identity, fun
     elif not console.is_terminal:  # on a terminal the live line says so
         _line("yellow", ">", stage, "running")
 
-    inputs = {parent: run_dir / parent for parent in PARENTS[stage]}
+    inputs = {parent: run_dir / parent for parent in identity.parents}
     since = time.monotonic()
     monitor = Monitor(stage, out)
     try:
@@ -200,7 +202,7 @@ def _bring_up(stage: str, recipe: Recipe, run_dir: Path, identity: Identity, fun
 
 def _require_made(run_dir: Path, identities: dict[str, Identity], chosen: tuple[str, ...]) -> None:
     """Stages that the chosen ones read but that are not chosen themselves must be whole and up to date."""
-    needed = [s for s in STAGES if s not in chosen and any(s in PARENTS[c] for c in chosen)]
+    needed = [s for s in identities if s not in chosen and any(s in identities[c].parents for c in chosen)]
     wrong = []
     for stage in needed:
         found = artefacts.state(run_dir / stage, identities[stage])
@@ -225,7 +227,7 @@ def figures(run_dir: Path, stage: str) -> str:
 
 def _finish(run_dir: Path, ran: list[str]) -> None:
     """The report of a whole run, and where to go from here."""
-    manifests = {s: artefacts.read_json(run_dir / s / "manifest.json") or {} for s in STAGES}
+    manifests = {s: artefacts.read_json(run_dir / s / "manifest.json") or {} for s in stages_in(run_dir)}
     report = run_dir / "report.html"
     if all(manifests.values()) and (ran or not report.exists()):
         from rlhf.report import write
@@ -239,7 +241,7 @@ def _finish(run_dir: Path, ran: list[str]) -> None:
     total = sum(m.get("wall_seconds", 0.0) for m in manifests.values())
     done = f"done, {duration(total)} of work" if ran else "nothing to do: all of it is up to date"
     say(f"{done}  ->  {_shown(report if report.exists() else run_dir)}", style="bold")
-    if manifests["ppo"]:
+    if any(manifests.get(s) for s in ALIGNING):
         say(f"  talk to it    roundhouse chat {_shown(run_dir)}\n  curves        tensorboard --logdir {_shown(run_dir)}")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from cluster.training import Report
 from data.packing import Sample
 from data.shards import TokenShards
 from data.tokenizers import load as load_tokenizer
@@ -24,7 +25,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     train("pretrain", task, recipe, inputs, out, monitor)
 
 
-def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
+def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
     folder = inputs["data"] / "pretrain"
     length = recipe.pretrain.sequence_length
     train_shards, held_out = TokenShards(folder / "train"), TokenShards(folder / "validation")

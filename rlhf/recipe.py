@@ -302,6 +302,28 @@ class Reward(Training):
     )
 
 
+class Preference(Training):
+    method: Literal["dpo", "ipo", "simpo", "kto"] = key(
+        "dpo",
+        "Which loss. `simpo` needs no reference; `kto` looks at answers one by one.",
+        source="arXiv:2305.18290; arXiv:2310.12036; arXiv:2405.14734; arXiv:2402.01306",
+    )
+    beta: float = key(
+        0.1,
+        "Larger: closer to the SFT model. With `simpo` a temperature, 2 is usual.",
+        unit="1 / nat",
+        gt=0,
+        source="arXiv:2305.18290",
+    )
+    simpo_margin: float = key(1.0, "The better answer should lead by this. With `simpo`.", ge=0, source="arXiv:2405.14734, gamma in eq. 6")
+    desirable_weight: float = key(1.0, "Weight of desirable answers. With `kto`.", ge=0, source="arXiv:2402.01306, lambda_D")
+    undesirable_weight: float = key(1.0, "Weight of undesirable answers. With `kto`.", ge=0, source="arXiv:2402.01306, lambda_U")
+    epochs: float = key(1, "Passes over the rankings.", unit="epochs", gt=0)
+    global_batch: int = key(32, "Rankings per optimizer step, over all workers; a pair is a ranking of two.", unit="rankings", ge=1)
+    learning_rate: float = key(1e-6, "Peak learning rate.", unit="per step", gt=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay; norms and biases are spared.", ge=0, source="arXiv:1711.05101")
+
+
 class Group(Section):
     """One role of the actor graph: its own placement group of `workers` actors."""
 
@@ -391,7 +413,13 @@ class Recipe(Section):
     pretrain: Pretrain = key(Pretrain(), "Stage 2: learn to predict text.")
     sft: Sft = key(Sft(), "Stage 3: learn to answer.")
     reward: Reward = key(Reward(), "Stage 4: learn which answers people prefer.")
-    ppo: Ppo = key(Ppo(), "Stage 5: learn to give such answers.")
+    align: Literal["ppo", "preference"] = key(
+        "ppo",
+        "Stage 5: `ppo` learns from the reward model's scores of its own answers, `preference` straight from the rankings. "
+        "Either way stage 6 asks the reward model.",
+    )
+    ppo: Ppo = key(Ppo(), "Stage 5 with align = ppo: learn to give such answers. Its sampling and groups serve stage 6 too.")
+    preference: Preference = key(Preference(), "Stage 5 with align = preference: dpo, ipo, simpo or kto.")
     evaluate: Evaluate = key(Evaluate(), "Stage 6: did it work?")
 
     @model_validator(mode="after")
@@ -417,6 +445,7 @@ class Recipe(Section):
             ("pretrain.sequence_length", self.pretrain.sequence_length, self.pretrain.micro_batch),
             ("sft.max_tokens", self.sft.max_tokens, self.sft.micro_batch),
             ("reward.max_tokens x 2", 2 * self.reward.max_tokens, self.reward.micro_batch),
+            ("reward.max_tokens x 2", 2 * self.reward.max_tokens, self.preference.micro_batch),
             (
                 "ppo.max_prompt_tokens + ppo.max_response_tokens",
                 self.ppo.max_prompt_tokens + self.ppo.max_response_tokens,

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlhf import charts
-from rlhf.artefacts import STAGES, read_json
+from rlhf.artefacts import read_json, stages_in
 from rlhf.monitoring import duration, read_metrics
 
 Summary = dict[str, Any]
@@ -28,6 +28,7 @@ ABOUT = {
     "sft": "Learn to answer",
     "reward": "Learn which answers people prefer",
     "ppo": "Learn to give such answers",
+    "preference": "Learn to give such answers, from the rankings alone",
     "evaluate": "Did it work?",
 }
 
@@ -87,7 +88,7 @@ def write(run_dir: Path) -> Path:
 def curves(run_dir: Path, path_png: Path) -> Path:
     """Draw the four key curves of a run as one PNG picture."""
     run_dir = Path(run_dir)
-    return charts.picture({s: read_rows(run_dir / s) for s in STAGES}, read_summary(run_dir), Path(path_png))
+    return charts.picture({s: read_rows(run_dir / s) for s in stages_in(run_dir)}, read_summary(run_dir), Path(path_png))
 
 
 # ------------------------------------------------------------------------------------------------ what is read
@@ -96,7 +97,7 @@ def curves(run_dir: Path, path_png: Path) -> Path:
 def read_summary(run_dir: Path) -> Summary:
     """summary.json; while a run is under way, the figures that its stages have so far."""
     so_far: Summary = {}
-    for stage in STAGES:
+    for stage in stages_in(run_dir):
         so_far |= read_metrics(run_dir / stage)
     return so_far | (read_json(run_dir / "summary.json") or {})
 
@@ -150,14 +151,14 @@ def headlines(summary: Summary) -> list[Headline]:
                 "How often the reward model prefers the held-out answer that people preferred. A coin gets 50 %.",
             )
         )
-    means = beside("sft_reward", "ppo_reward")
+    means = beside("sft_reward", "aligned_reward")
     change = f" The mean went from {means[0]:.2f} to {means[1]:.2f}.".replace("-", "−") if means else ""
     add(
         "evaluate/reward_gain_sd", "Reward gained", "{:+.2f}", "SD",
-        f"Mean reward of the PPO model's answers to held-out prompts over the SFT model's, in standard deviations of the latter.{change}",
+        f"Mean reward of the aligned model's answers to held-out prompts over the SFT model's, in its standard deviations.{change}",
     )  # fmt: skip
     scorer = summary.get("evaluate/independent_scorer", "independent")
-    means = beside("sft_independent", "ppo_independent")
+    means = beside("sft_independent", "aligned_independent")
     change = f" The mean went from {means[0]:.2f} to {means[1]:.2f}.".replace("-", "−") if means else ""
     add(
         "evaluate/independent_gain", "A second opinion", "{:+.2f}", f"{scorer} points",
@@ -165,7 +166,7 @@ def headlines(summary: Summary) -> list[Headline]:
     )  # fmt: skip
     add(
         "evaluate/kl_nats", "Distance moved", "{:.2f}", "nats per response",
-        "KL divergence of the PPO model from the SFT model. Small: still the same language. Far above 10: it has found a trick.",
+        "KL divergence of the aligned model from the SFT model. Small: still the same language. Far above 10: it has found a trick.",
     )  # fmt: skip
     if isinstance(summary.get("ppo/log_prob_gap_max"), (int, float)):
         found.append(
@@ -185,7 +186,7 @@ def bits_per_byte(summary: Summary) -> list[tuple[str, float, float]]:
         "xz −9": "xz_bits_per_byte",
         "pretrain": "pretrain_bits_per_byte",
         "sft": "sft_bits_per_byte",
-        "ppo": "ppo_bits_per_byte",
+        "aligned": "aligned_bits_per_byte",
     }
     found = {who: float(summary[f"evaluate/{name}"]) for who, name in names.items() if f"evaluate/{name}" in summary}
     return [(who, bits, bits / max(found.values())) for who, bits in found.items()]
@@ -193,11 +194,11 @@ def bits_per_byte(summary: Summary) -> list[tuple[str, float, float]]:
 
 def stages(run_dir: Path, summary: Summary) -> list[Stage]:
     """Every stage in order: what became of it and its curves."""
-    total = max(sum(summary.get(f"{s}/wall_seconds", 0.0) for s in STAGES), 1e-9)
+    total = max(sum(summary.get(f"{s}/wall_seconds", 0.0) for s in stages_in(run_dir)), 1e-9)
     recipe = run_dir / "recipe.yaml"
     began = recipe.stat().st_mtime if recipe.exists() else 0.0  # written anew whenever a run starts
     found = []
-    for name in STAGES:
+    for name in stages_in(run_dir):
         out = run_dir / name
         manifest = read_json(out / "manifest.json")
         started = read_json(out / "started.json")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from cluster.training import Report
 from data.examples import Examples
 from data.packing import Sample
 from rlhf.losses import pairwise_ranking
@@ -34,7 +35,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     train("reward", task, recipe, inputs, out, monitor)
 
 
-def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
+def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
     rankings, held_out = (Examples(inputs["data"] / "preferences", split) for split in ("train", "validation"))
     return Task(
         model=lambda: ScalarModel(load_reward_model(inputs["sft"] / "model")),
@@ -71,7 +72,7 @@ def median_gap(rankings: Examples) -> float:
 def ranking_loss(model: nn.Module, batch: Batch, config: Reward, wide: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The mean over each ranking's pairs, summed over rankings; further sums for `figures` when the model is evaluated."""
     better, worse, gaps, shares = pairs(batch)
-    rewards = model(batch)
+    rewards = model(batch)[batch.last]
     won, lost = rewards[better], rewards[worse]
     losses = pairwise_ranking(won, lost, config.margin_coef * gaps) + config.center_coef * (won + lost).square()
     difference = (won - lost).detach()
@@ -85,19 +86,18 @@ def ranking_loss(model: nn.Module, batch: Batch, config: Reward, wide: float) ->
 
 
 def pairs(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All pairs of answers to one prompt: (place of the better's last token, the worse's, difference of scores, share), [P] each.
+    """All pairs of answers to one prompt: (the better's segment, the worse's, difference of scores, share), [P] each.
 
-    The shares of a ranking's pairs sum to 1; ties have none. An idle rank's ranking is computed, for the others' sake, and
-    all its shares are 0.
+    The shares of a ranking's pairs sum to 1; ties, and answers without a score, have none. An idle rank's ranking is computed,
+    for the others' sake, and all its shares are 0.
     """
     groups: dict[int, list[int]] = {}
     for segment, prompt in enumerate(batch.segments.prefixes):
         if prompt >= 0:
             groups.setdefault(prompt, []).append(segment)
     found = [(a, b, number) for number, answers in enumerate(groups.values()) for a, b in combinations(answers, 2)]
-    a, b, number = torch.tensor(found, device=batch.tokens.device).unbind(1)
-    better, worse = batch.last[a], batch.last[b]
-    scores = batch.extras["scores"]
+    better, worse, number = torch.tensor(found, device=batch.tokens.device).unbind(1)
+    scores = batch.extras["scores"][batch.last]
     gaps = scores[better] - scores[worse]
     counted = (gaps > 0).float() * float(len(batch.rows) > 0)
     in_ranking = torch.zeros(len(groups), device=gaps.device).index_add(0, number, counted)

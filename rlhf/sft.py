@@ -9,6 +9,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+from cluster.training import Report
 from data.examples import Examples
 from data.packing import Sample
 from rlhf.adapters import add_noise, save_merged, with_adapter
@@ -25,7 +26,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     train("sft", task, recipe, inputs, out, monitor)
 
 
-def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
+def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
     conversations = Examples(inputs["data"] / "sft", "train")
     base = inputs["pretrain"] / "model"
     adapter = recipe.sft.adapter

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from rlhf.artefacts import STAGES, read_json
+from rlhf.artefacts import read_json, stages_in
 from rlhf.errors import RecipeError
 from rlhf.monitoring import duration
 from rlhf.pipeline import figures
@@ -38,7 +38,7 @@ def runs(where: Path) -> list[Path]:
 def stages(run_dir: Path) -> list[StageStatus]:
     """Every stage of a run in order, whether it is there or not."""
     rows = []
-    for name in STAGES:
+    for name in stages_in(run_dir):
         manifest = read_json(run_dir / name / "manifest.json")
         if manifest:
             made = datetime.fromisoformat(manifest["made_at"]).strftime("%d %b %H:%M")

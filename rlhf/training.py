@@ -59,7 +59,7 @@ class Task:
     save: Callable[[PreTrainedModel, dict[str, torch.Tensor], Tokenizer, Path], None] = save_model  # what rank 0 leaves as out/model
 
 
-TaskOf = Callable[[Recipe, dict[str, Path]], Task]  # called on every worker: what it opens is opened there
+TaskOf = Callable[[Recipe, dict[str, Path], Report], Task]  # called on every worker: what it opens is opened there
 
 
 def train(stage: str, task: TaskOf, recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
@@ -98,7 +98,7 @@ def worker(config: dict[str, Any], report: Report) -> None:
     """The loop of one rank."""
     recipe, out = Recipe.model_validate(config["recipe"]), Path(config["out"])
     inputs = {name: Path(path) for name, path in config["inputs"].items()}
-    task: Task = config["task"](recipe, inputs)
+    task: Task = config["task"](recipe, inputs, report)
     settings: Training = getattr(recipe, config["stage"])
     rank, world = dist.get_rank(), dist.get_world_size()
     learner = Learner(task.model(), settings, task.steps)
@@ -115,12 +115,8 @@ def worker(config: dict[str, Any], report: Report) -> None:
             f"{config['stage']}: a sample has {longest} tokens, more than micro_batch = {budget}; raise it, or lower max_tokens"
         )
 
-    def plan(units: Units, ids: Sequence[int]) -> list[list[list[int]]]:
-        return balance([units.lengths[i] for i in ids], world, budget)
-
     def batches(units: Units, ids: Sequence[int]) -> list[Batch]:
-        packed = (pack([s for i in some for s in units.get(ids[i])] or idle(units.get(ids[0]))) for some in plan(units, ids)[rank])
-        return [Batch.of(one, learner.hardware.device) for one in packed]
+        return [batch_of(units, some, ids[0], learner.hardware.device) for some in plan(units, ids, world, budget)[rank]]
 
     # Rank 0 writes the curves, and before the checkpoint: workers outlive a killed driver by a second or two, and a
     # checkpoint of that time must not stand without its curve.
@@ -140,7 +136,7 @@ def worker(config: dict[str, Any], report: Report) -> None:
             torch.manual_seed((recipe.seed * 1_000_003 + step) * 65_536 + rank)  # dropout and noise are the same after a restart
             metrics = learner.step(mine, task.loss)
         except NotFinite as error:
-            bad = [ids[i] for at, k in error.places for i in plan(task.train, ids)[at][k]] or ids
+            bad = [i for at, k in error.places for i in plan(task.train, ids, world, budget)[at][k]] or ids
             raise NotFinite(
                 f"{error}. In this step: {named(task.train, bad)}. Look at them, or lower learning_rate", error.places
             ) from None
@@ -197,6 +193,16 @@ def validate(learner: Learner, task: Task, batches: Callable[[Units, Sequence[in
         for name, value in learner.evaluate(batches(task.validation, ids), task.loss).items():
             sums[name] = sums.get(name, 0.0) + value
     return sums
+
+
+def plan(units: Units, ids: Sequence[int], world: int, budget: int) -> list[list[list[int]]]:
+    """Who computes which of the units `ids`: [rank][micro-batch] -> units, as many micro-batches for every rank."""
+    return [[[ids[i] for i in some] for some in of_rank] for of_rank in balance([units.lengths[i] for i in ids], world, budget)]
+
+
+def batch_of(units: Units, some: Sequence[int], spare: int, device: torch.device) -> Batch:
+    """One micro-batch; a rank that has no unit in it computes `spare`, and counts nothing."""
+    return Batch.of(pack([s for i in some for s in units.get(i)] or idle(units.get(spare))), device)
 
 
 def idle(unit: Unit) -> Unit:

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf import artefacts, monitoring, pipeline, recipe_file
-from rlhf.artefacts import STAGES, Identity
+from rlhf.artefacts import Identity, stages_of
 from rlhf.errors import RecipeError
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe
 
+STAGES = stages_of("ppo")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -81,6 +82,8 @@ def test_second_run_skips_everything_and_needs_no_ray(go, monkeypatch: pytest.Mo
         ("pretrain.steps=4", ["pretrain", "sft", "reward", "ppo", "evaluate"]),
         ("tokenizer.vocab_size=500", list(STAGES)),
         ("evaluate.samples=3", ["evaluate"]),
+        ("align=preference", ["preference", "evaluate"]),
+        ("preference.method=kto", []),  # not in this line
         ("cluster.workers=1", []),  # where it runs does not change what comes out
         ("ppo.groups.policy.cpus=0.5", []),
         ("pretrain.checkpoint_every=1", []),
@@ -99,6 +102,16 @@ def test_changing_back_costs_nothing(go, tmp_path: Path) -> None:
     assert go()[0] == []
     assert len(list((tmp_path / "runs/tiny/.previous").iterdir())) == 3  # those of the other recipe, kept in turn
     assert go("reward.epochs=2")[0] == []
+
+
+def test_both_ways_of_aligning_live_in_one_run(go, tmp_path: Path) -> None:
+    go()
+    go("align=preference")
+    assert "preference/score" in json.loads((tmp_path / "runs/tiny/summary.json").read_text())
+    assert go("align=preference", only="preference")[0] == []
+    with pytest.raises(RecipeError, match=r"no stage 'ppo'.*preference, evaluate; align=ppo puts it into the line"):
+        go("align=preference", only="ppo")
+    assert go()[0] == []
 
 
 def test_one_previous_version_of_a_stage_is_kept(go, tmp_path: Path) -> None:

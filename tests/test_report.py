@@ -61,11 +61,11 @@ def make_run(run_dir: Path, seed: int = 0) -> Path:
         {
             "prompt": f"<|user|>Write a line of a film review that begins with: {starts[i % 4]}<|end|><|assistant|>",
             "sft": words[i % 3],
-            "ppo": words[(i + 1) % 3],
+            "aligned": words[(i + 1) % 3],
             "sft_reward": -0.8 + 0.2 * i,
-            "ppo_reward": 1.4 - 0.25 * i,
+            "aligned_reward": 1.4 - 0.25 * i,
             "sft_independent": -2.0 + i,
-            "ppo_independent": 4.0 - 0.5 * i,
+            "aligned_independent": 4.0 - 0.5 * i,
         }
         for i in range(6)
     ]
@@ -78,16 +78,16 @@ def make_run(run_dir: Path, seed: int = 0) -> Path:
         "evaluate": {
             "evaluate/pretrain_bits_per_byte": 1.742,
             "evaluate/sft_bits_per_byte": 2.011,
-            "evaluate/ppo_bits_per_byte": 2.034,
+            "evaluate/aligned_bits_per_byte": 2.034,
             "evaluate/gzip_bits_per_byte": 2.662,
             "evaluate/xz_bits_per_byte": 2.158,
             "evaluate/sft_reward": -0.38,
-            "evaluate/ppo_reward": 1.49,
+            "evaluate/aligned_reward": 1.49,
             "evaluate/reward_gain_sd": 1.63,
             "evaluate/kl_nats": 4.7,
             "evaluate/independent_scorer": "afinn",
             "evaluate/sft_independent": 0.21,
-            "evaluate/ppo_independent": 1.77,
+            "evaluate/aligned_independent": 1.77,
             "evaluate/independent_gain": 1.56,
         },
     }
@@ -232,11 +232,11 @@ def test_every_word_is_escaped(tmp_path: Path) -> None:
     sample = {
         "prompt": ATTACK,
         "sft": ATTACK,
-        "ppo": ATTACK,
+        "aligned": ATTACK,
         "sft_reward": 0.0,
-        "ppo_reward": 1.0,
+        "aligned_reward": 1.0,
         "sft_independent": 0.0,
-        "ppo_independent": 0.0,
+        "aligned_independent": 0.0,
     }
     (run_dir / "evaluate" / "samples.json").write_text(json.dumps([sample]))
     summary = json.loads((run_dir / "summary.json").read_text())

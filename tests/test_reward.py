@@ -111,7 +111,7 @@ def test_figures_add_up_over_pieces() -> None:
             for name, number in {"loss": value, "count": batch.weights.sum(), **further}.items():
                 sums[name] = sums.get(name, 0.0) + float(number)
         better, worse, gaps, shares = pairs(batch := Batch.of(pack(packed), CPU))
-        rewards = model(batch)
+        rewards = model(batch)[batch.last]
     difference = (rewards[better] - rewards[worse]).numpy()
     agree, share = (difference > 0).astype(float), shares.numpy()
     got = figures(sums)

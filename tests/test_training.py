@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tiny import causal_lm
 
+from cluster.training import Report
 from data.order import batch_indices
 from data.packing import Sample
 from data.tokenizers import train as train_tokenizer
@@ -57,7 +58,7 @@ def run(folder: Path, spoiled: int = -1, factor: float = 1.0, **changes: object)
             torch.empty(1 << 46, dtype=torch.uint8)
         return cross_entropy(model(batch), batch.weights) * (factor if (batch.tokens == 63).any() else 1.0), {}
 
-    def task(recipe: Recipe, inputs: dict[str, Path]) -> Task:
+    def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
         units = Units([12] * UNITS, unit, "hash", lambda i: [f"row {i} of a.jsonl"])
         held_out = Units([12] * 5, lambda i: unit(UNITS + i), "held out", lambda i: [f"row {i}"])
         return Task(
