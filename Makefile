@@ -1,6 +1,7 @@
 # make quickstart   raw text to a PPO-tuned chat model, about 16 minutes on 2 cores
 # make test         all tests
 # make lint         ruff and mypy
+# make peers        the environment of the libraries that benchmarks/ compares with, in .venv-peers
 # Needs Python 3.11, pip, make and a C compiler. Everything is installed into .venv, from requirements-cpu.lock.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -8,7 +9,7 @@ VENV := .venv
 # Written last: an interrupted installation has no marker and starts afresh; a changed lock makes a new one.
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test lint install peers clean
 
 quickstart: $(READY)
 	$(VENV)/bin/roundhouse run recipes/quickstart.yaml
@@ -34,5 +35,14 @@ $(READY): requirements-cpu.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+peers: .venv-peers/.ready
+
+.venv-peers/.ready: benchmarks/requirements-peers.txt
+	rm -rf .venv-peers
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet torch==2.13.0
+	.venv-peers/bin/pip install --quiet -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis

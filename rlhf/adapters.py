@@ -10,11 +10,11 @@ opens it.
 """
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -24,6 +24,10 @@ from rlhf.errors import RecipeError
 from rlhf.models import load_causal_lm, save_model
 from rlhf.recipe import Adapter
 
+# peft imports bitsandbytes, which takes a second and warns that it has no faster kernel for one token at a time on CPUs: hence
+# both are imported where an adapter is, and the warning is not passed on.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> PreTrainedModel:
     """The same model with W + alpha / rank * B A for every targeted W (arXiv:2106.09685); only A and B learn. With `qlora` all W
@@ -32,6 +36,8 @@ def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> PreTrai
     B starts at zero, so the model starts as it was; the same seed gives the same A in every process. Raises RecipeError
     when the model has no layer of the names in `targets`.
     """
+    from peft import LoraConfig, get_peft_model
+
     if adapter.method == "qlora":
         model = in_four_bits(model)
     config = LoraConfig(
@@ -55,7 +61,7 @@ def in_four_bits(model: PreTrainedModel) -> PreTrainedModel:
 
     By bitsandbytes, in place. Every rank keeps them whole: they are not sharded.
     """
-    import bitsandbytes as bnb  # a second to import, and few runs need it
+    import bitsandbytes as bnb
 
     hw = hardware()
     for path, linear in list(model.base_model.named_modules()):
@@ -78,6 +84,8 @@ def save_merged(base: str | Path, model: PreTrainedModel, state: dict[str, torch
     `state` is `full_weights` of the model. Merged, it is a plain model of the base's architecture, which every later stage
     and vLLM read. The base is opened once more, on the CPU: sharded weights cannot be merged where they are.
     """
+    from peft import PeftModel
+
     folder = out.parent / "adapter"
     save_adapter(model, state, folder)
     merged = PeftModel.from_pretrained(load_causal_lm(base), folder).merge_and_unload()
