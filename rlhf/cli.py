@@ -95,6 +95,38 @@ def submit(
 
 
 @app.command()
+def tune(
+    recipe: RecipePath,
+    overrides: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=SPACE...", help="Keys to search, as 'ppo.kl_coef=loguniform(1e-3, 1)'; plain KEY=VALUE sets one."),
+    ],
+    metric: Annotated[str, typer.Option(help="What to search for: a figure of summary.json.")] = "evaluate/reward_gain_sd",
+    better: Annotated[str | None, typer.Option(metavar="min|max", help="Which way is better; known for the usual figures.")] = None,
+    trials: Annotated[int, typer.Option(help="How many samples.", min=1)] = 8,
+    at_once: Annotated[int, typer.Option(help="Trials side by side; each needs what a run needs.", min=1)] = 1,
+) -> None:
+    """Search recipe keys with Ray Tune: loguniform(a, b), uniform(a, b), randint(a, b), choice(x, y, ...)."""
+    if better not in (None, "min", "max"):
+        raise RecipeError(f"--better {better}: min or max")
+    from rlhf.pipeline import run_directory
+    from rlhf.tuning import search
+
+    found = search(recipe, overrides, metric, better, trials, at_once)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("trial", *found[0].values, metric, "state"):
+        table.add_column(column, overflow="fold")
+    for trial in found:
+        result = "" if trial.result is None else f"{trial.result:.4g}"
+        table.add_row(trial.name, *trial.values.values(), result, trial.state)
+    console.print(table)
+    if found[0].result is None:
+        raise RecipeError("no trial came to an end; the table says why")
+    say(f"best: {' '.join(f'{key}={value}' for key, value in found[0].values.items())}")
+    say(f"  table and plot in {run_directory(found[0].recipe).parent}")
+
+
+@app.command()
 def explain(key: Annotated[str | None, typer.Argument(help="A key such as ppo.kl_coef, or a section such as ppo.")] = None) -> None:
     """What a recipe key means: default, unit, limits, source."""
     keys = recipe_keys.explain(key)

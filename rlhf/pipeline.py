@@ -11,6 +11,7 @@ its own checkpoints from an earlier try, and reports figures to the monitor. Has
 
 import importlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -272,6 +273,9 @@ def _raising_on_sigterm() -> Iterator[None]:
     Whatever a library makes of the interruption on its way up (Ray's C++ turns it into a plain KeyboardInterrupt), it leaves
     here as Terminated.
     """
+    if threading.current_thread() is not threading.main_thread():  # a trial of `roundhouse tune`; its process is ended from outside
+        yield
+        return
     received = False
 
     def terminate(number: int, frame: FrameType | None) -> None:
