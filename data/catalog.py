@@ -117,7 +117,7 @@ CATALOG: dict[str, Dataset] = {
                 ("--no-binary=:all:", "--no-build-isolation"),
             ),
             _rated_snippets,
-            version=3,
+            version=4,
         ),
     )
 }

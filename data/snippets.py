@@ -7,7 +7,9 @@
 request, the most positive one first. What a model learns from them is to write praise, and that can be measured.
 
 Rankings of four teach more than pairs: held-out accuracy .764 after 1.6 passes over 3,415 of them, .741 after 1.2 and .748 after 2
-passes over about as many lines in 5,497 pairs (one seed each). Held out are pairs, farther apart, as they were before.
+passes over about as many lines in 5,497 pairs (one seed each). New rankings of the same lines teach more than a second pass over old
+ones: of all pairs of held-out lines 2 points apart, a pass over 6,298 got .781 right, two passes over 3,415 .771. Held out are pairs,
+farther apart.
 
 Every line is on one side of the split, by the hash of its text, and rankings never cross it.
 """
@@ -24,14 +26,14 @@ from data.cleaning import in_validation, normalise
 REQUEST = "Review a film."
 REQUEST_WITH = "Review a film: "
 HELD_OUT = 0.08
-"""Share of the lines held out: some 850, which make some 440 validation pairs."""
+"""Share of the lines held out: some 850, of which 649 are short enough for the 767 validation pairs."""
 ANSWERS = {"train": 4, "validation": 2}
 """Most lines in a ranking. Held-out pairs stand for themselves."""
 LEAST_GAP = {"train": 1.0, "validation": 2.0}
 """Least difference of mean ratings within a ranking, of 8 possible; the raters of one line have a standard deviation of 0.89."""
 MOST_WORDS = 24
 """Longer lines are in no ranking: what a policy writes in 32 tokens is as short, and three passes over these cost what two over all do."""
-ROUNDS = {"same first word": 2, "bare request": 1}
+ROUNDS = {"same first word": 4, "bare request": 2}
 """How often lines are shuffled and ranked; no line is in more rankings than this."""
 
 

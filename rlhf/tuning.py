@@ -160,7 +160,7 @@ def _tune(trials: list[Trial], stage: str, metric: str, way: str, at_once: int, 
     by_name = {trial.name: trial for trial in trials}
     space = [{"name": t.name, "recipe": t.recipe.model_dump(mode="json"), "stage": stage, "metric": metric} for t in trials]
     tuner = tune.Tuner(
-        tune.with_resources(_trial, {"cpu": 0}),  # its stages ask for what they need themselves
+        tune.with_resources(_trial, {"memory": 1 << 20}),  # its stages ask for the CPUs; nothing at all is refused
         param_space=tune.grid_search(space),  # type: ignore[arg-type]
         tune_config=tune.TuneConfig(
             metric="value",

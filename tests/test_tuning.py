@@ -41,6 +41,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(recipe_path: Path, o
         search(recipe_path, overrides, metric, None, 3, 1)
 
 
+@pytest.mark.slow
 def test_a_search_shares_its_data_stops_what_lags_and_repeats_for_nothing(
     ray_session: None, recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,9 +61,9 @@ def test_a_search_shares_its_data_stops_what_lags_and_repeats_for_nothing(
     recipe_path.write_text(yaml.safe_dump(recipe))
 
     asked = ["pretrain.learning_rate=choice(1e-7, 1e-2)"]
-    found = search(recipe_path, asked, "pretrain/val_loss", None, 4, 1)
+    found = search(recipe_path, asked, "pretrain/val_loss", None, 3, 2)
     folder = tmp_path / "runs/tiny/tune"
-    assert {t.name for t in found} == {"t000", "t001", "t002", "t003"}
+    assert {t.name for t in found} == {"t000", "t001", "t002"}
     assert found[0].values["pretrain.learning_rate"] == "1e-2"
     assert found[0].state == "made"
     assert all((folder / t.name / "data").is_symlink() for t in found)  # made once
@@ -72,6 +73,6 @@ def test_a_search_shares_its_data_stops_what_lags_and_repeats_for_nothing(
     stopped = [t for t in found if t.state == "stopped early"]
     assert all(t.values["pretrain.learning_rate"] == "1e-7" for t in stopped)
     best = (folder / found[0].name / "pretrain/manifest.json").read_bytes()
-    again = search(recipe_path, asked, "pretrain/val_loss", None, 4, 1)
+    again = search(recipe_path, asked, "pretrain/val_loss", None, 3, 2)
     assert again[0].result == found[0].result
     assert (folder / found[0].name / "pretrain/manifest.json").read_bytes() == best
