@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch.distributed as dist
 
+from benchmarks.reward_model import units_of
 from benchmarks.training import THREADS, WINDOW
 from cluster.hardware import use_threads
-from cluster.training import Report
 from data.order import batch_indices
 from data.packing import Sample
 from rlhf.models import LanguageModel, ScalarModel, load_causal_lm, load_reward_model
@@ -28,7 +28,7 @@ BATCH = {"pretrain": 8, "sft": 20, "reward": 8, "memory": 2}  # of sft: about as
 
 
 def task_of(work: str, folder: Path, steps: int) -> Task:
-    lines = [json.loads(line) for line in (folder / ("pairs.jsonl" if work == "reward" else "sft.jsonl")).open(encoding="utf-8")]
+    lines = [json.loads(line) for line in (folder / "sft.jsonl").open(encoding="utf-8")]
     stream = np.load(folder / "stream.npy")
 
     def window(i: int) -> Unit:
@@ -37,20 +37,13 @@ def task_of(work: str, folder: Path, steps: int) -> Task:
     def conversation(i: int) -> Unit:
         return [Sample(np.array(lines[i]["input_ids"]), np.array(lines[i]["completion_mask"], np.float32))]
 
-    def pair(i: int) -> Unit:
-        parts = [lines[i][name] for name in ("prompt", "chosen", "rejected")]
-        lengths = [len(part) for part in parts]
-        last = np.cumsum(lengths)[1:] - 1
-        weights, scores = np.zeros((2, sum(lengths)), np.float32)
-        weights[last], scores[last] = 0.5, [1, 0]
-        return [Sample(np.concatenate(parts), weights, {"scores": scores}, lengths, prefix=True)]
-
     if work in ("pretrain", "memory"):
         lengths, get = [WINDOW] * (len(stream) // WINDOW), window
     elif work == "sft":
         lengths, get = [len(line["input_ids"]) for line in lines], conversation
     else:
-        lengths, get = [sum(len(line[name]) for name in ("prompt", "chosen", "rejected")) for line in lines], pair
+        of_pairs = units_of(folder / "pairs.jsonl")
+        lengths, get = list(of_pairs.lengths), of_pairs.get
     units = Units(lengths, get, "benchmark", lambda i: [str(i)])
     model = folder / ("model-135m" if work == "memory" else "model")
     return Task(
@@ -84,8 +77,7 @@ def main(work: str, _: str, folder: Path, out: Path, steps: int) -> None:
     from data.tokenizers import load
 
     load(folder / "model").save(out / "data" / "tokenizer")
-    asked: Any = lambda recipe, inputs, report: task  # noqa: E731
-    worker({"stage": stage, "task": asked, "recipe": recipe, "inputs": {"data": str(out / "data")}, "out": str(out)}, Report and report)
+    worker({"stage": stage, "task": lambda *of: task, "recipe": recipe, "inputs": {"data": str(out / "data")}, "out": str(out)}, report)
     counted = range(2, steps - 1)
     ids = [batch_indices(0, step, BATCH[work], len(task.train.lengths), "benchmark") for step in counted]
     units = sum(map(len, ids)) if work == "reward" else sum(task.train.lengths[i] for of in ids for i in of)

@@ -137,9 +137,28 @@ def trl_reward(folder: Path, out: Path, steps: int, meter: Meter) -> None:
     watched(trainer, meter, len)
 
 
+def trl_reward_model(folder: Path, out: Path, steps: int, seed: str, rate: str, longest: str) -> None:
+    """For `benchmarks.reward_model`: train and leave `out/model`."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=1, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    asked = common(out, steps, BATCH["reward"]) | {"seed": int(seed), "learning_rate": float(rate), "warmup_steps": round(0.1 * steps)}
+    config = RewardConfig(**asked, adam_beta2=0.95, weight_decay=0.1, max_grad_norm=1.0, max_length=int(longest))
+    data = Dataset.from_list([{f"{k}_ids": p["prompt"] + p[k] for k in ("chosen", "rejected")} for p in rows(folder / "train.jsonl")])
+    trainer = RewardTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    trainer.model.save_pretrained(out / "model")
+
+
 def main(work: str, who: str, folder: Path, out: Path, steps: int, *rest: str) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     meter = Meter()
+    if work == "reward-model":
+        trl_reward_model(folder, out, steps, *rest)
+        return
     if who == "hf":
         hf(work, folder, out, steps, meter)
     elif who == "loop":

@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from data.tokenizers import Tokenizer, train
+
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 THREADS = 2
@@ -62,7 +64,6 @@ CONTESTS = (
 
 def prepare(corpora: Path, folder: Path) -> None:
     """The models, and everybody's token ids: stream.npy, sft.jsonl, pairs.jsonl."""
-    from data.tokenizers import train
     from rlhf.models import new_causal_lm, save_model
     from rlhf.recipe import Model
 
@@ -86,16 +87,21 @@ def prepare(corpora: Path, folder: Path) -> None:
         question, answer = tokenizer.encode(p["question"] + "\n"), [*tokenizer.encode(p["answer"]), tokenizer.end_of_turn]
         if len(question) + len(answer) <= LONGEST_TEXT:
             rows.append({"input_ids": question + answer, "completion_mask": [0] * len(question) + [1] * len(answer)})
-    _write(folder / "sft.jsonl", rows)
+    write_lines(folder / "sft.jsonl", rows)
+    write_lines(folder / "pairs.jsonl", dialogue_pairs(corpora, tokenizer, LONGEST_PAIR))
+
+
+def dialogue_pairs(corpora: Path, tokenizer: Tokenizer, longest: int) -> list[dict[str, Any]]:
+    """hh-harmless as {"prompt", "chosen", "rejected"} ids; the prompt is what both dialogues share, up to the assistant's last turn."""
     pairs = []
-    for d in dialogues:
+    for d in _lines(corpora / "hh-harmless-pairs.jsonl.gz"):
         same = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(d["chosen"], d["rejected"], strict=False)))
         cut = d["chosen"][:same].rfind(TURN) + len(TURN)
         prompt = tokenizer.encode(d["chosen"][:cut])
         answers = {k: [*tokenizer.encode(d[k][cut:]), tokenizer.end_of_turn] for k in ("chosen", "rejected")}
-        if answers["chosen"] != answers["rejected"] and len(prompt) + max(map(len, answers.values())) <= LONGEST_PAIR:
+        if answers["chosen"] != answers["rejected"] and len(prompt) + max(map(len, answers.values())) <= longest:
             pairs.append({"prompt": prompt, **answers})
-    _write(folder / "pairs.jsonl", pairs)
+    return pairs
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -103,7 +109,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
