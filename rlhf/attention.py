@@ -165,5 +165,6 @@ def _no_mask(*_: object, **__: object) -> None:
     """Segments say it all; transformers shall not build a [T, T] mask."""
 
 
-AttentionInterface.register(PACKED, packed_attention)
+# Its calls differ from batch to batch: a compiled block is two programs, before it and after it.
+AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
 AttentionMaskInterface.register(PACKED, _no_mask)

@@ -8,9 +8,10 @@ The same learner is driven by Ray Train's workers (pretrain, sft, reward) and by
 
 Order in which a model is prepared, and why:
 1. to the device, in fp32: master weights, so that small updates are not rounded away;
-2. FSDP over blocks (GPU), then over the root: parameters, gradients and optimizer states are sharded, matmuls run in
+2. each block compiled, if asked: FSDP's own work stays between the compiled parts;
+3. FSDP over blocks (GPU), then over the root: parameters, gradients and optimizer states are sharded, matmuls run in
    `hardware().dtype`, gradients are reduced in fp32. A single CPU process has nothing to shard and skips it;
-3. the optimizer last: it must see the sharded parameters.
+4. the optimizer last: it must see the sharded parameters.
 """
 
 import math
@@ -62,6 +63,9 @@ class Learner:
         self.peak = config.learning_rate if learning_rate is None else learning_rate
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         checkpoint_activations(model, config.activation_checkpointing)
+        if config.compile:
+            for block in model.inner.base_model.layers:  # type: ignore[union-attr]
+                block.compile(dynamic=True)  # one program for all lengths; attention stays outside of it
         self.model = shard(model.to(self.hardware.device), self.world)
         self.optimizers = optimizers(self.model, config, self.peak)
         self.taken = 0

@@ -230,6 +230,7 @@ class Optimizer(Section):
         "Less memory for more work: `full` computes each block twice, `selective` all of it but matmuls and attention.",
         source="arXiv:1604.06174; arXiv:2205.05198",
     )
+    compile: bool = key(False, "Compile each block with torch.compile: faster steps after a first one that takes a minute. CPUs need g++.")
 
 
 class Training(Optimizer):

@@ -1,6 +1,7 @@
 """The learner against a loop that anyone would write, against itself in other cuts, and on two ranks."""
 
 import math
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -297,6 +298,17 @@ def test_weights_are_transformers_own(tie: bool) -> None:
     assert (set(missing), set(unexpected)) == ({"lm_head.weight"} if tie else set(), set())
     for ours_, theirs in zip(ours.model.inner.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours_, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
+def test_compiled_blocks_give_the_same_curve() -> None:
+    """Ragged steps of ever other lengths, by the same programs."""
+    plain, compiled = learner(8), learner(8, CONFIG.model_copy(update={"compile": True}))
+    for step in range(8):
+        batch = [batch_of(step_tokens(step))]
+        assert compiled.step(batch, loss)["loss"] == pytest.approx(plain.step(batch, loss)["loss"], rel=1e-5)
+    assert (flat(plain) - flat(compiled)).norm() < 1e-3 * flat(plain).norm()  # Adam makes a step of a gradient's last bit
 
 
 # ---------------------------------------------------------------------------------------- two ranks
