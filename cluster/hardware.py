@@ -39,6 +39,12 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
+def use_deterministic_kernels() -> None:
+    """From here on torch computes the same bits from the same numbers, or raises where it has no such kernel. To be called before CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS chooses among workspaces otherwise
+    torch.use_deterministic_algorithms(True)
+
+
 # Dense bf16 by the makers' sheets, FLOP/s; a GPU that is not here is measured, like a CPU.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 

@@ -407,6 +407,9 @@ class Recipe(Section):
     name: str = key(..., "Name of the run: artefacts go to `runs_dir/name`.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs_dir: str = key("runs", "Folder of all runs; on a cluster, one that every node sees.", unit="path")
     seed: int = key(0, "Seed of initial weights, sample order and sampling.", ge=0)
+    deterministic: bool = key(
+        False, "GPU kernels that give the same bits every time, some of them slower; CPUs do so anyway. Does not reach vLLM's sampling."
+    )
     cluster: Cluster = key(Cluster(), "Machines, processes and deadlines.")
     data: Data = key(..., "What the run learns from.")
     tokenizer: Tokenizer = key(Tokenizer(), "How text becomes tokens.")

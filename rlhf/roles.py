@@ -19,7 +19,7 @@ import torch
 from ray import ObjectRef
 
 from cluster.groups import Worker
-from cluster.hardware import hardware
+from cluster.hardware import hardware, use_deterministic_kernels
 from data.order import sample_index
 from data.packing import balance, pack
 from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples
@@ -37,6 +37,8 @@ class Role(Worker):
 
     def __init__(self, rank: int, world: int, threads: int, recipe: Recipe, model: Path) -> None:
         super().__init__(rank, world, threads)
+        if recipe.deterministic:
+            use_deterministic_kernels()
         self.recipe, self.config, self.path = recipe, recipe.ppo, model
         self.device = hardware().device
 

@@ -20,6 +20,7 @@ import torch.nn as nn
 from transformers import PreTrainedModel
 
 from cluster import checkpoints
+from cluster.hardware import use_deterministic_kernels
 from cluster.training import Layout, Report, fit
 from data.errors import DataError
 from data.order import batch_indices
@@ -98,6 +99,8 @@ def worker(config: dict[str, Any], report: Report) -> None:
     """The loop of one rank."""
     recipe, out = Recipe.model_validate(config["recipe"]), Path(config["out"])
     inputs = {name: Path(path) for name, path in config["inputs"].items()}
+    if recipe.deterministic:
+        use_deterministic_kernels()
     task: Task = config["task"](recipe, inputs, report)
     settings: Training = getattr(recipe, config["stage"])
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -124,3 +124,19 @@ def test_out_of_memory_names_what_held_it_and_what_would_fit(tmp_path: Path) -> 
     text = str(caught.value)
     assert all(f"\n  {part}" in text for part in ("weights", "gradients", "optimizer", "logits", "activations of 24 tokens"))
     assert "What would fit:\n  " in text
+
+
+def test_deterministic_kernels_serve_a_whole_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operation of the learner lacks one, on CPUs at least, and nothing changes."""
+    curves = []
+    for name, asked in (("any", False), ("deterministic", True)):
+        monkeypatch.setitem(RECIPE, "deterministic", asked)
+        (tmp_path / name).mkdir()
+        try:
+            run(tmp_path / name, steps=10)
+            assert torch.are_deterministic_algorithms_enabled() == asked
+        finally:
+            torch.use_deterministic_algorithms(False)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["pretrain/loss"] for line in lines])
+    assert curves[0] == curves[1]
