@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import rustbpe
 import tiktoken
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
 from data.encodings import END_OF_TEXT, END_OF_TURN, PATTERNS, SPECIAL_TOKENS, named_ranks, rank_file, read_ranks
@@ -154,6 +155,7 @@ class ModelTokenizer(Tokenizer):
         self.template_tokens = tokens
         self.vocab_size = max(ids.values()) + 1
         self.special_ids = frozenset(i for i, token in self.hf.get_added_tokens_decoder().items() if token.special) | {ids[eos]}
+        self.added = frozenset(self.hf.get_added_tokens_decoder()) - self.special_ids
         # Chat models redefine eos as the end of a turn; the token that ends documents keeps one of these names.
         self.end_of_text = next((ids[t] for t in (END_OF_TEXT, "<|end_of_text|>", "</s>") if t in ids), ids[eos])
         self.chat_template = self._template() or PLAIN_TEMPLATE
@@ -192,6 +194,23 @@ class ModelTokenizer(Tokenizer):
         tail = self.encode_template(text.rpartition(marker)[2])
         return next((i for i in tail if i in self.special_ids), default)
 
+    def extended(self, pieces: Sequence[str]) -> "ModelTokenizer":
+        """The same tokenizer with these pieces as tokens of their own; what it knows already stays. New ids follow the old ones.
+
+        Raises DataError for pieces that would not come back as they were: some decoders mangle single accented letters.
+        """
+        hf = HFTokenizer.from_str(self.files["tokenizer.json"].decode())
+        known = hf.get_vocab(with_added_tokens=True)
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
+        hf.add_tokens([AddedToken(piece, normalized=False) for piece in new])
+        longer = ModelTokenizer({**self.files, "tokenizer.json": hf.to_str(pretty=True).encode()}, "the extended tokenizer")
+        lost = [piece for piece in new if longer.decode(longer.encode(piece)) != piece]
+        if lost:
+            raise DataError(
+                f"tokenizer.extend: {len(lost)} of {len(new)} pieces do not survive this tokenizer: {', '.join(map(repr, lost[:5]))}"
+            )
+        return longer
+
     def encode(self, text: str) -> list[int]:
         self.hf.encode_special_tokens = True  # HF's name for "special tokens in the text are text"
         return self.hf.encode(text, add_special_tokens=False).ids
@@ -207,6 +226,8 @@ class ModelTokenizer(Tokenizer):
         symbols = None if token in self.special_ids else self.hf.id_to_token(token)
         if symbols is None:  # special, or a hole in the vocabulary
             return b""
+        if token in self.added:
+            return symbols.encode()
         if self.byte_level:
             known = byte_of_symbol()
             return b"".join(bytes([known[c]]) if c in known else c.encode() for c in symbols)
@@ -267,6 +288,20 @@ def from_model(folder: Path) -> ModelTokenizer:
             "save one there with transformers' save_pretrained, or choose another tokenizer.encoding"
         )
     return ModelTokenizer({n: (folder / n).read_bytes() for n in ModelTokenizer.FILES if (folder / n).is_file()}, str(folder))
+
+
+def read_pieces(path: Path) -> list[str]:
+    """The pieces of a .jsonl file of {"piece": "..."}. Raises DataError naming the line that is none."""
+    pieces = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        try:
+            piece = json.loads(line)["piece"]
+        except (ValueError, KeyError, TypeError):
+            piece = None
+        if not isinstance(piece, str) or not piece.strip():
+            raise DataError(f'{path} line {number}: {{"piece": "a word"}} is needed, got {line[:60]!r}')
+        pieces.append(piece)
+    return pieces
 
 
 def load(folder: Path) -> Tokenizer:

@@ -57,10 +57,11 @@ MATTERS: dict[str, tuple[str, ...]] = {
 }
 
 # Keys inside those sections that change where, how safely or how often, but not what comes out.
-# `model.init` and `sft.distill.teacher` count by the content of their directories (see `inputs`), not by their names.
+# `model.init`, `sft.distill.teacher` and `tokenizer.extend` count by the content of their files (see `inputs`), not by their names.
 NO_MATTER = {
     "data.cache_dir",
     "model.init",
+    "tokenizer.extend",
     "pretrain.checkpoint_every",
     "sft.checkpoint_every",
     "sft.distill.teacher",

@@ -39,7 +39,7 @@ from cluster.hardware import hardware
 from rlhf.errors import NotFinite
 from rlhf.models import Batch
 from rlhf.optimizers import learning_rate, optimizers
-from rlhf.recipe import Optimizer
+from rlhf.recipe import Optimizer, Pretrain
 
 # What selective checkpointing keeps: the expensive part of a block. Norms, rotary embeddings and SwiGLU are cheap to compute again.
 KEPT = [
@@ -67,7 +67,8 @@ class Learner:
             for block in model.inner.base_model.layers:  # type: ignore[union-attr]
                 block.compile(dynamic=True)  # one program for all lengths; attention stays outside of it
         self.model = shard(model.to(self.hardware.device), self.world)
-        self.optimizers = optimizers(self.model, config, self.peak)
+        self.embeddings_only = config.embeddings_only_steps if isinstance(config, Pretrain) else 0  # steps
+        self.optimizers = optimizers(self.model, config, self.peak, self.embeddings_only > 0)
         self.taken = 0
         self.layer_norms: dict[str, float] = {}
 
@@ -104,7 +105,7 @@ class Learner:
         rate = learning_rate(self.taken, self.steps, self.peak, self.config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = 0.0 if self.taken < self.embeddings_only and not group.get("embeddings") else rate
             optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.taken += 1

@@ -156,6 +156,18 @@ def load_causal_lm(path: str | Path, dtype: torch.dtype = torch.float32, attenti
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, use_safetensors=True)
 
 
+@torch.no_grad()
+def extend_vocabulary(model: PreTrainedModel, old: Tokenizer, new: Tokenizer) -> None:
+    """Rows for the ids that `new` has beyond `old`, in place: each starts as the mean of the rows that spelled its text before."""
+    if new.vocab_size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(new.vocab_size, mean_resizing=False)
+    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for token in range(old.vocab_size, new.vocab_size):
+        spelled = old.encode(new.token_bytes(token).decode())
+        for table in tables.values():
+            table[token] = table[spelled].mean(0)
+
+
 def load_reward_model(path: str | Path, seed: int = 0) -> PreTrainedModel:
     """Open a model directory as a reward model (`*ForSequenceClassification`); a missing head starts at zero."""
     return _with_scalar_head(AutoModelForSequenceClassification, path)

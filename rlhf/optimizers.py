@@ -24,14 +24,21 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
 
-def optimizers(model: nn.Module, config: Optimizer, peak: float) -> list[torch.optim.Optimizer]:
-    """The optimizers of all parameters that learn."""
+def optimizers(model: nn.Module, config: Optimizer, peak: float, embeddings_apart: bool = False) -> list[torch.optim.Optimizer]:
+    """The optimizers of all parameters that learn; with `embeddings_apart`, embeddings and output layer are a group of their own, which
+    says so by "embeddings"."""
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     by_muon = [p for name, p in learning if config.optimizer == "muon" and p.ndim == 2 and ".layers." in name]
-    taken = {id(p) for p in by_muon}
-    matrices = [p for _, p in learning if p.ndim >= 2 and id(p) not in taken]
+    apart = {id(p) for p in by_muon}
+    embeddings: list[nn.Parameter] = []
+    if embeddings_apart:
+        tables = {id(m.weight) for m in (model.inner.get_input_embeddings(), model.inner.get_output_embeddings())}  # type: ignore[union-attr, operator]
+        embeddings = [p for _, p in learning if id(p) in tables]
+        apart |= tables
+    matrices = [p for _, p in learning if p.ndim >= 2 and id(p) not in apart]
     vectors = [p for _, p in learning if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups.append({"params": embeddings, "weight_decay": config.weight_decay, "embeddings": True})
     adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=peak, betas=config.betas, eps=1e-8, fused=True)
     return [adam, Muon(by_muon, peak, config.weight_decay)] if by_muon else [adam]
 

@@ -13,9 +13,10 @@ import torch.nn as nn
 from cluster.training import Report
 from data.packing import Sample
 from data.shards import TokenShards
+from data.tokenizers import from_model
 from data.tokenizers import load as load_tokenizer
 from rlhf.losses import cross_entropy
-from rlhf.models import Batch, LanguageModel, load_causal_lm, new_causal_lm
+from rlhf.models import Batch, LanguageModel, extend_vocabulary, load_causal_lm, new_causal_lm
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe
 from rlhf.training import Task, Unit, Units, train
@@ -34,7 +35,10 @@ def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
     def model() -> nn.Module:
         if recipe.model.init is None:
             return LanguageModel(new_causal_lm(recipe.model, tokenizer.vocab_size, tokenizer.end_of_text, recipe.seed))
-        return LanguageModel(load_causal_lm(recipe.model.init))
+        found = load_causal_lm(recipe.model.init)
+        if recipe.tokenizer.extend is not None:
+            extend_vocabulary(found, from_model(Path(recipe.model.init)), tokenizer)
+        return LanguageModel(found)
 
     return Task(
         model=model,

@@ -87,6 +87,11 @@ class Tokenizer(Section):
         "`train` learns a BPE on the pretraining and sft texts; a name takes that tiktoken encoding; `model` takes `model.init`'s.",
         source="https://github.com/openai/tiktoken",
     )
+    extend: str | None = key(
+        None,
+        'With `model`: a .jsonl file of {"piece": "..."}, words to become tokens of their own. Their rows start as means of the old ones.',
+        unit="path",
+    )
     vocab_size: int = key(4096, "Size of a trained vocabulary, special tokens included.", unit="tokens", ge=300)
 
 
@@ -246,6 +251,9 @@ class Training(Optimizer):
 
 class Pretrain(Training):
     steps: int = key(400, "Optimizer steps; 0 takes the model of `model.init` as it is.", unit="steps", ge=0)
+    embeddings_only_steps: int = key(
+        0, "For so many steps only the embeddings (and the output layer) learn, so that new tokens find their place.", unit="steps", ge=0
+    )
     sequence_length: int = key(256, "Tokens of one window of the token stream; documents in it never see each other.", unit="tokens", ge=16)
     global_batch: int = key(8, "Windows per optimizer step, over all workers.", unit="windows", ge=1)
     learning_rate: float = key(3e-3, "Peak learning rate.", unit="per step", gt=0)
@@ -445,6 +453,8 @@ class Recipe(Section):
                 wrong.append(f"model.hidden_size / model.heads = {size}: vLLM, which writes the rollouts, can only do {HEAD_SIZES}")
             if self.tokenizer.encoding == "model":
                 wrong.append("tokenizer.encoding = model needs model.init")
+        if self.tokenizer.extend is not None and self.tokenizer.encoding != "model":
+            wrong.append("tokenizer.extend needs tokenizer.encoding = model: a vocabulary of one's own learns its words from the texts")
         for name, length, budget in (
             ("pretrain.sequence_length", self.pretrain.sequence_length, self.pretrain.micro_batch),
             ("sft.max_tokens", self.sft.max_tokens, self.sft.micro_batch),

@@ -87,7 +87,10 @@ def _ready_tokenizer(recipe: Recipe) -> Any:
     if encoding == "model":
         if recipe.model.init is None:
             raise RecipeError("tokenizer.encoding = model needs model.init")
-        return tokenizers.from_model(Path(recipe.model.init).expanduser())
+        found = tokenizers.from_model(Path(recipe.model.init).expanduser())
+        if recipe.tokenizer.extend is None:
+            return found
+        return found.extended(tokenizers.read_pieces(Path(recipe.tokenizer.extend).expanduser()))
     return tokenizers.named(encoding, Path(recipe.data.cache_dir).expanduser())
 
 

@@ -172,3 +172,28 @@ def test_a_directory_without_tokenizer_says_so(tmp_path: Path) -> None:
         tokenizers.from_model(tmp_path)
     with pytest.raises(DataError, match="no eos_token"):
         tokenizers.from_model(as_model_directory(tmp_path / "no-eos", eos_token=None))
+
+
+def test_new_pieces_become_tokens_and_old_ids_stay(tmp_path: Path) -> None:
+    model = tokenizers.from_model(as_model_directory(tmp_path / "in"))
+    known = model.decode([400])
+    longer = model.extended(["locomotive", "蒸汽机车", "locomotive", known])
+    assert longer.vocab_size == 602
+    assert longer.encode("a locomotive, 蒸汽机车") == [*model.encode("a "), 600, *model.encode(", "), 601]
+    assert longer.decode([601, 600]) == "蒸汽机车locomotive"
+    assert (longer.token_bytes(601), longer.byte_lengths[600]) == ("蒸汽机车".encode(), 10)
+    assert longer.encode("nothing new") == model.encode("nothing new")
+    assert (longer.end_of_turn, longer.special_ids) == (model.end_of_turn, model.special_ids)
+    longer.save(tmp_path / "out")
+    assert tokenizers.load(tmp_path / "out").encode("locomotive") == [600]
+    with pytest.raises(DataError, match=r"1 of 2 pieces do not survive this tokenizer: 'éclairé'"):
+        model.extended(["fine words", "éclairé"])
+
+
+def test_pieces_are_read_from_lines_that_hold_one(tmp_path: Path) -> None:
+    path = tmp_path / "pieces.jsonl"
+    path.write_text('{"piece": "locomotive"}\n{"piece": "蒸汽"}\n')
+    assert tokenizers.read_pieces(path) == ["locomotive", "蒸汽"]
+    path.write_text('{"piece": "locomotive"}\n{"word": "x"}\n')
+    with pytest.raises(DataError, match="line 2"):
+        tokenizers.read_pieces(path)

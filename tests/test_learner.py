@@ -21,7 +21,7 @@ from rlhf.learner import Learner, full_weights
 from rlhf.losses import cross_entropy
 from rlhf.models import Batch, LanguageModel
 from rlhf.optimizers import learning_rate, orthogonal
-from rlhf.recipe import Optimizer
+from rlhf.recipe import Optimizer, Pretrain
 
 CONFIG = Optimizer(learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.5, warmup_fraction=0.1)
 
@@ -309,6 +309,26 @@ def test_compiled_blocks_give_the_same_curve() -> None:
         batch = [batch_of(step_tokens(step))]
         assert compiled.step(batch, loss)["loss"] == pytest.approx(plain.step(batch, loss)["loss"], rel=1e-5)
     assert (flat(plain) - flat(compiled)).norm() < 1e-3 * flat(plain).norm()  # Adam makes a step of a gradient's last bit
+
+
+def test_embeddings_learn_alone_first_and_a_restart_knows_it(tmp_path: Path) -> None:
+    config = Pretrain(**(CONFIG.model_dump() | {"embeddings_only_steps": 4}))
+
+    def moved(before: dict[str, torch.Tensor], of: Learner) -> set[str]:
+        return {name for name, t in full_weights(of.model).items() if not torch.equal(before[name], t)}
+
+    ours = learner(8, config, tie_embeddings=False)
+    before = {name: t.clone() for name, t in full_weights(ours.model).items()}
+    for step in range(3):
+        ours.step([batch_of(step_tokens(step))], loss)
+    assert moved(before, ours) == {"model.embed_tokens.weight", "lm_head.weight"}
+    ours.save(tmp_path, 3)
+    again = learner(8, config, seed=1, tie_embeddings=False)
+    again.load(tmp_path, 3)
+    again.step([batch_of(step_tokens(3))], loss)
+    assert moved(before, again) == {"model.embed_tokens.weight", "lm_head.weight"}
+    again.step([batch_of(step_tokens(4))], loss)
+    assert moved(before, again) == set(before)
 
 
 # ---------------------------------------------------------------------------------------- two ranks

@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from tiny import batch_of, causal_lm, plain_twin, recipe_model, sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.tokenizers import Tokenizer, train
+from data.tokenizers import Tokenizer, from_model, train
 from rlhf import models
 from rlhf.errors import RecipeError
 from rlhf.models import (
     LanguageModel,
     ScalarModel,
+    extend_vocabulary,
     load_causal_lm,
     load_critic,
     load_reward_model,
@@ -187,3 +188,19 @@ def test_a_size_beside_a_preset_counts_more() -> None:
     model = Model(preset="135m", layers=3)
     assert (model.layers, model.hidden_size, model.kv_heads) == (3, 576, 3)
     assert Model.model_validate(model.model_dump()) == model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_start_as_the_mean_of_what_spelled_them(tied: bool, directory: Path) -> None:
+    old = from_model(directory)
+    new = old.extended(["locomotive", "steam"])
+    model = causal_lm(vocab_size=VOCAB, tie_embeddings=tied)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    extend_vocabulary(model, old, new)
+    assert model.config.vocab_size == VOCAB + 2
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        table = model.state_dict()[name]
+        torch.testing.assert_close(table[:VOCAB], before[name], atol=0, rtol=0)
+        for token, piece in ((VOCAB, "locomotive"), (VOCAB + 1, "steam")):
+            torch.testing.assert_close(table[token], before[name][old.encode(piece)].mean(0))
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
