@@ -11,6 +11,7 @@ works in both places. Always pass the address: without one, Ray may join whateve
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,9 +89,19 @@ def _init(address: str, num_cpus: float | None) -> None:
             runtime_env={"env_vars": {"PYTHONPATH": path, **WORKER_ENV}},
             **common,
         )
+        _wait_for_cpus()
     else:
         _reach(address)
         ray.init(address=address, runtime_env={"working_dir": str(ROOT), "excludes": NOT_SHIPPED, "env_vars": WORKER_ENV}, **common)
+
+
+def _wait_for_cpus() -> None:
+    """A node's resources are known a moment after it is up; Ray Data, asked before, warns that it will hang."""
+    import ray
+
+    end = time.monotonic() + REACH_SECONDS
+    while not ray.available_resources().get("CPU") and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def _reach(address: str) -> None:

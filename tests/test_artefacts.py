@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -257,7 +258,8 @@ cli.main()
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_driver_leaves_a_half_stage_and_a_free_lock(go, recipe_path: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", KILLED, "run", str(recipe_path)]
-    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests that run in the background are started deaf to it
+    driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert driver.stdout is not None
     while "in sft" not in (line := driver.stdout.readline()):
         assert line, driver.communicate()
