@@ -44,7 +44,7 @@ class Student(LanguageModel):
             apart = divergence(teacher, F.log_softmax(logits / self.config.temperature, -1), self.config)
             return torch.stack([-F.cross_entropy(logits / temperature, targets, reduction="none"), apart], -1)
 
-        return in_chunks(some, hidden, known, batch.tokens[batch.rows])
+        return in_chunks(some, head.weight.shape[0], hidden, known, batch.tokens[batch.rows])
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor, config: Distill) -> torch.Tensor:

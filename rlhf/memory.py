@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from cluster.hardware import hardware
 from rlhf.learner import Learner, Loss
-from rlhf.models import LOGIT_ROWS, Batch
+from rlhf.models import Batch, rows_at_once
 
 GIB = 2**30
 USABLE = 0.9  # of the free memory: allocators fragment, and Ray and the page cache need some
@@ -50,8 +50,9 @@ def estimate(learner: Learner, loss: Loss, batch: Batch) -> Memory:
     inner = learner.model.inner
     config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
     width = torch.empty((), dtype=hardware().dtype).element_size()
-    rows = min(LOGIT_ROWS, len(batch.rows)) if hasattr(inner, "lm_head") else 0
-    logits = LOGIT_ROWS * config.vocab_size * 4 * 2 if hasattr(inner, "lm_head") else 0  # fp32, and their gradient
+    most = rows_at_once(config.vocab_size) if hasattr(inner, "lm_head") else 0
+    rows = min(most, len(batch.rows))
+    logits = most * config.vocab_size * 4 * 2  # fp32, and their gradient
     per_token = max(0, kept - rows * config.vocab_size * 4) / len(batch.tokens)
     blocks = config.num_hidden_layers
     checkpointed = per_token / blocks + blocks * config.hidden_size * width  # one block at a time, and every block's input

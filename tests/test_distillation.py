@@ -63,7 +63,7 @@ def test_loss_and_gradients_are_those_of_plain_rows(hard_weight: float) -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for rows in (2048, 5):
-        monkeypatch.setattr(models, "LOGIT_ROWS", rows)
+        monkeypatch.setattr(models, "LOGITS", rows * 64)
         student = Student(causal_lm(seed=0), causal_lm(seed=1).requires_grad_(False), Distill())
         loss, _ = distillation_loss(student, batch_of(sequences([9, 4, 12])))
         loss.backward()

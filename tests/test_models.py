@@ -53,7 +53,7 @@ def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("rows", [1, 4, 5, 6, 23])
 def test_chunks_change_neither_value_nor_gradient(rows: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "LOGIT_ROWS", 5)
+    monkeypatch.setattr(models, "LOGITS", 5 * 64)
     torch.manual_seed(rows)
     head = torch.nn.Linear(8, 64, bias=False)
     hidden, targets, weight = torch.randn(rows, 8, requires_grad=True), torch.randint(64, (rows,)), torch.randn(rows)
@@ -88,7 +88,7 @@ def test_no_rows_no_log_probs(with_gradient: bool) -> None:
 @pytest.mark.parametrize("rows", [4, 2048])
 @pytest.mark.parametrize("tie", [True, False])
 def test_language_model_equals_plain_transformers(tie: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "LOGIT_ROWS", rows)
+    monkeypatch.setattr(models, "LOGITS", rows * 64)
     model = causal_lm(tie_embeddings=tie)
     tokens = sequences([6, 2, 9])
     weights = [(t % 3 > 0).astype("float32") for t in tokens]
