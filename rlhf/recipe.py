@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rlhf.model_sizes import PRESETS
+
 
 def key(default: Any, meaning: str, *, unit: str = "", source: str = "", **limits: Any) -> Any:
     """A recipe field: its default (`...` = required), what it means, its unit and where it comes from."""
@@ -93,80 +95,6 @@ class Tokenizer(Section):
         unit="path",
     )
     vocab_size: int = key(4096, "Size of a trained vocabulary, special tokens included.", unit="tokens", ge=300)
-
-
-# Sizes of well-known models, so that what is learned about them elsewhere holds here: 135m, 360m and 1.7b are SmolLM2's
-# (arXiv:2502.02737), 1b and 3b Llama 3.2's, 8b and 70b Llama 3's (arXiv:2407.21783); smaller ones are ours, for CPUs.
-PRESETS: dict[str, dict[str, int | float | bool]] = {
-    "4m": {"hidden_size": 256, "layers": 4, "heads": 4, "kv_heads": 4, "intermediate_size": 688},
-    "10m": {"hidden_size": 320, "layers": 7, "heads": 5, "kv_heads": 5, "intermediate_size": 864, "max_positions": 1024},
-    "30m": {"hidden_size": 448, "layers": 12, "heads": 7, "kv_heads": 7, "intermediate_size": 1184, "max_positions": 2048},
-    "135m": {
-        "hidden_size": 576,
-        "layers": 30,
-        "heads": 9,
-        "kv_heads": 3,
-        "intermediate_size": 1536,
-        "max_positions": 8192,
-        "rope_theta": 100_000.0,
-    },
-    "360m": {
-        "hidden_size": 960,
-        "layers": 32,
-        "heads": 15,
-        "kv_heads": 5,
-        "intermediate_size": 2560,
-        "max_positions": 8192,
-        "rope_theta": 100_000.0,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "layers": 16,
-        "heads": 32,
-        "kv_heads": 8,
-        "intermediate_size": 8192,
-        "max_positions": 8192,
-        "rope_theta": 500_000.0,
-    },
-    "1.7b": {
-        "hidden_size": 2048,
-        "layers": 24,
-        "heads": 32,
-        "kv_heads": 32,
-        "intermediate_size": 8192,
-        "max_positions": 8192,
-        "rope_theta": 130_000.0,
-    },
-    "3b": {
-        "hidden_size": 3072,
-        "layers": 28,
-        "heads": 24,
-        "kv_heads": 8,
-        "intermediate_size": 8192,
-        "max_positions": 8192,
-        "rope_theta": 500_000.0,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "layers": 32,
-        "heads": 32,
-        "kv_heads": 8,
-        "intermediate_size": 14336,
-        "tie_embeddings": False,
-        "max_positions": 8192,
-        "rope_theta": 500_000.0,
-    },
-    "70b": {
-        "hidden_size": 8192,
-        "layers": 80,
-        "heads": 64,
-        "kv_heads": 8,
-        "intermediate_size": 28672,
-        "tie_embeddings": False,
-        "max_positions": 8192,
-        "rope_theta": 500_000.0,
-    },
-}
 
 
 class Model(Section):

@@ -23,7 +23,8 @@ from rlhf.models import (
     new_causal_lm,
     save_model,
 )
-from rlhf.recipe import PRESETS, Model
+from rlhf.model_sizes import PRESETS
+from rlhf.recipe import Model
 
 VOCAB = 261  # 256 bytes and 5 special tokens
 
