@@ -19,10 +19,10 @@ from data.tokenizers import Tokenizer
 from data.tokenizers import load as load_tokenizer
 from rlhf.artefacts import write_json
 from rlhf.experience import Rollout, align, merge, responses
-from rlhf.graph import Role, engines, open_graph
+from rlhf.generation import generate
+from rlhf.graph import Graph, Role, engines, open_graph
 from rlhf.models import Batch
 from rlhf.monitoring import Monitor, read_metrics
-from rlhf.ppo import Graph, generate
 from rlhf.pretrain import bits_per_byte, every_token, token_loss
 from rlhf.recipe import Recipe
 from rlhf.roles import ReferenceWorker, RewardWorker

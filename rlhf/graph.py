@@ -19,6 +19,8 @@ from rlhf.recipe import Recipe
 from rlhf.rollout import CPU_ENV, ENGINE_ENV, EngineWorker
 
 Role = tuple[type[Worker], tuple[Any, ...]]  # the class of a role's workers and their arguments
+Graph = dict[str, Group]
+Prompts = list[list[int]]
 ROLES = ("policy", "reference", "reward", "critic", "rollout")
 
 
@@ -35,7 +37,7 @@ def engines(recipe: Recipe, model: Path, tokenizer: Tokenizer) -> Role:
 
 
 @contextmanager
-def open_graph(recipe: Recipe, roles: Mapping[str, Role]) -> Iterator[dict[str, Group]]:
+def open_graph(recipe: Recipe, roles: Mapping[str, Role]) -> Iterator[Graph]:
     """Place and start the groups of `roles`; they end with the block, also when it fails.
 
     Raises ClusterError with a table when they do not fit, at once when they never will and else after
@@ -44,7 +46,7 @@ def open_graph(recipe: Recipe, roles: Mapping[str, Role]) -> Iterator[dict[str, 
     asked = demands(recipe, tuple(roles))
     check(asked)
     placements = place(asked, recipe.cluster.placement_timeout_s)
-    graph: dict[str, Group] = {}
+    graph: Graph = {}
     try:
         for name, (worker, args) in roles.items():
             graph[name] = Group(

@@ -12,26 +12,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from ray import ObjectRef
 
 from cluster import checkpoints
 from cluster.deadlines import wait
-from cluster.groups import Group
 from data.examples import Examples
 from data.order import batch_indices
 from data.tokenizers import load as load_tokenizer
 from rlhf.advantages import next_kl_coef
 from rlhf.errors import TrainingError
-from rlhf.experience import align, merge
-from rlhf.graph import Role, engines, open_graph
+from rlhf.generation import generate
+from rlhf.graph import Graph, Prompts, Role, engines, open_graph
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Ppo, Recipe
 from rlhf.roles import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
-
-Graph = dict[str, Group]
-Prompts = list[list[int]]
-
-PROBES, PROBE_TOKENS = 4, 8  # what every engine writes after each sync, for the gate
+from rlhf.sync import gate, refuse_gap, sync_weights
 
 
 def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, kl_coef: float) -> dict[str, float]:
@@ -61,7 +55,7 @@ def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, kl_coef:
     metrics |= {f"critic_{name}": value for name, value in learned["critic[0]"].items()}
 
     sync_weights(graph, recipe, version=f"step-{step + 1}")
-    metrics["sync/log_prob_gap"] = gate(graph, recipe, prompts[:PROBES], step)
+    metrics["sync/log_prob_gap"] = gate(graph, recipe, prompts, step)
     return metrics
 
 
@@ -105,59 +99,6 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         wait(graph["policy"].start("export", out.resolve() / "model", data.resolve() / "tokenizer"), seconds, "export")
     for name, value in totals(out).items():
         monitor.result(name, value)
-
-
-def generate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> list[ObjectRef]:
-    """References to one rollout per engine. Prompts go round the engines; a sample's seed is arithmetic, so who writes it
-    changes nothing."""
-    actors, config = graph["rollout"].actors, recipe.ppo
-    rollouts = {}
-    for rank, actor in enumerate(actors[: len(prompts)]):
-        index = list(range(rank, len(prompts), len(actors)))
-        seeds = [sample_seed(recipe.seed, step * len(prompts) + i) for i in index]
-        mine = [prompts[i] for i in index]
-        rollouts[f"rollout[{rank}]"] = actor.generate.remote(index, mine, seeds, config.max_response_tokens, config.temperature)
-    wait(rollouts, recipe.cluster.deadline_s, f"PPO step {step}: rollout")
-    return list(rollouts.values())
-
-
-def sample_seed(seed: int, number: int) -> int:
-    """The sampling seed of the run's sample `number`; runs with neighbouring seeds share none."""
-    return (seed * 1_000_000_007 + number) % 2**31
-
-
-def sync_weights(graph: Graph, recipe: Recipe, version: str) -> None:
-    """Policy -> object store -> every engine. All ranks of a sharded policy gather, rank 0's copy is sent."""
-    weights = graph["policy"].start("weights")
-    arrived = graph["rollout"].start("update_weights", version, weights["policy[0]"])
-    wait(arrived, recipe.cluster.deadline_s, f"weights of {version}")
-
-
-def gate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> float:
-    """Do engines and policy agree? Every engine answers a few prompts; its log-probabilities against the policy's.
-
-    Returns the largest difference in nats. Raises TrainingError above `ppo.log_prob_gap_limit`.
-    """
-    seconds, gaps = recipe.cluster.deadline_s, []
-    seeds = [sample_seed(recipe.seed, -1 - i) for i in range(len(prompts))]
-    for rank, engine in enumerate(graph["rollout"].actors):
-        answers = engine.generate.remote(range(len(prompts)), prompts, seeds, PROBE_TOKENS, recipe.ppo.temperature)
-        checked = wait(graph["policy"].start("log_probs", answers), seconds, f"gate of rollout[{rank}]")
-        rollout = merge(list(wait({f"rollout[{rank}]": answers}, seconds, "gate").values()))
-        ours = align(list(checked.values()), rollout.response_lengths)
-        gaps.append(float(np.abs(ours - rollout.log_probs).max()))
-        refuse_gap(gaps[-1], recipe, f"PPO step {step}: rollout[{rank}] after the weight sync")
-    return max(gaps)
-
-
-def refuse_gap(gap: float, recipe: Recipe, where: str) -> None:
-    """Raises TrainingError when `gap` is not within the limit: training on such samples would go wrong silently."""
-    limit = recipe.ppo.log_prob_gap_limit or (0.2 if recipe.ppo.groups.policy.gpus else 1e-3)
-    if not gap <= limit:  # NaN is refused too
-        raise TrainingError(
-            f"{where}: engine and policy differ by {gap:.2g} nats per token, more than {limit:g} (ppo.log_prob_gap_limit). "
-            "The engine does not run the policy's weights. The last checkpoint stands"
-        )
 
 
 def kl_coef_after(step: int, config: Ppo, out: Path) -> float:

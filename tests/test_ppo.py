@@ -12,11 +12,13 @@ from data import tokenizers
 from rlhf.advantages import next_kl_coef
 from rlhf.errors import TrainingError
 from rlhf.experience import merge
+from rlhf.generation import generate, sample_seed
 from rlhf.graph import engines, open_graph
 from rlhf.models import new_causal_lm, save_model
-from rlhf.ppo import gate, generate, kl_coef_after, refuse_gap, sample_seed, sync_weights
+from rlhf.ppo import kl_coef_after
 from rlhf.recipe import Model, Ppo, Recipe
 from rlhf.roles import PolicyWorker
+from rlhf.sync import gate, refuse_gap, sync_weights
 
 pytestmark = pytest.mark.slow
 
