@@ -1,4 +1,4 @@
-"""Our side of `benchmarks.training`: one process, one kind of work, one line of JSON. `ours.py WORK ours FOLDER OUT STEPS`"""
+"""Our side of `benchmarks.training`: one process, one kind of work, one line of JSON. `ours.py WORK ours FOLDER OUT STEPS [compiled]`"""
 
 import json
 import resource
@@ -24,7 +24,7 @@ from rlhf.recipe import Recipe
 from rlhf.reward import ranking_loss
 from rlhf.training import Task, Unit, Units, worker
 
-BATCH = {"pretrain": 8, "sft": 20, "reward": 8, "memory": 2}  # of sft: about as many tokens as TRL's 8 rows of 512
+BATCH = {"pretrain": 8, "pretrain, eager": 8, "sft": 20, "reward": 8, "memory": 2}  # of sft: about as many tokens as TRL's 8 rows of 512
 
 
 def task_of(work: str, folder: Path, steps: int) -> Task:
@@ -37,7 +37,7 @@ def task_of(work: str, folder: Path, steps: int) -> Task:
     def conversation(i: int) -> Unit:
         return [Sample(np.array(lines[i]["input_ids"]), np.array(lines[i]["completion_mask"], np.float32))]
 
-    if work in ("pretrain", "memory"):
+    if work.startswith("pretrain") or work == "memory":
         lengths, get = [WINDOW] * (len(stream) // WINDOW), window
     elif work == "sft":
         lengths, get = [len(line["input_ids"]) for line in lines], conversation
@@ -57,7 +57,7 @@ def task_of(work: str, folder: Path, steps: int) -> Task:
     )
 
 
-def main(work: str, _: str, folder: Path, out: Path, steps: int) -> None:
+def main(work: str, _: str, folder: Path, out: Path, steps: int, kind: str = "") -> None:
     use_threads(THREADS)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=0, world_size=1)
     stage = "reward" if work == "reward" else "pretrain"
@@ -65,7 +65,7 @@ def main(work: str, _: str, folder: Path, out: Path, steps: int) -> None:
     recipe: dict[str, Any] = {
         "name": "benchmark",
         "data": {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")},
-        stage: settings | {"learning_rate": 1e-3},
+        stage: settings | {"learning_rate": 1e-3, "compile": kind == "compiled"},
     }
     task = task_of(work, folder, steps)
     ends: list[float] = []
@@ -86,4 +86,4 @@ def main(work: str, _: str, folder: Path, out: Path, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]), *sys.argv[6:])

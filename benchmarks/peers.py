@@ -1,6 +1,6 @@
 """The peers' side of `benchmarks.training`, run by .venv-peers: one process, one kind of work, one line of JSON.
 
-    peers.py WORK hf|loop|trl FOLDER OUT STEPS [packed|padded]
+    peers.py WORK hf|loop|trl FOLDER OUT STEPS [packed|padded|compiled]
 
 Everyone uses the same ids, the same initial weights, fp32 and scaled dot product attention; tokens are counted where they are
 collated, without padding.
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-WINDOW, BATCH = 512, {"pretrain": 8, "memory": 2, "reward": 8, "sft": 8}
+WINDOW, BATCH = 512, {"pretrain": 8, "pretrain, eager": 8, "memory": 2, "reward": 8, "sft": 8}
 
 
 class Meter:
@@ -75,7 +75,7 @@ def common(out: Path, steps: int, batch: int, accumulate: int = 1) -> dict[str, 
     }
 
 
-def hf(work: str, folder: Path, out: Path, steps: int, meter: Meter) -> None:
+def hf(work: str, folder: Path, out: Path, steps: int, meter: Meter, compiled: bool) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
@@ -83,17 +83,20 @@ def hf(work: str, folder: Path, out: Path, steps: int, meter: Meter) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / ("model-135m" if work == "memory" else "model"), dtype=torch.float32)
     windows = stream[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)[: steps * BATCH[work]].tolist()
     data = Dataset.from_dict({"input_ids": windows, "labels": windows})
-    trainer = Trainer(model, TrainingArguments(**common(out, steps, BATCH[work])), train_dataset=data, data_collator=default_data_collator)
+    asked = TrainingArguments(**common(out, steps, BATCH[work]), torch_compile=compiled)
+    trainer = Trainer(model, asked, train_dataset=data, data_collator=default_data_collator)
     watched(trainer, meter, lambda examples: WINDOW * len(examples))
 
 
-def loop(work: str, folder: Path, out: Path, steps: int, meter: Meter) -> None:
+def loop(work: str, folder: Path, out: Path, steps: int, meter: Meter, compiled: bool) -> None:
     """Tuned by hand: no padding, no logging, no checkpoint, fused AdamW."""
     from transformers import AutoModelForCausalLM
 
     stream = torch.from_numpy(np.load(folder / "stream.npy"))
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    if compiled:
+        model.compile()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -160,9 +163,9 @@ def main(work: str, who: str, folder: Path, out: Path, steps: int, *rest: str) -
         trl_reward_model(folder, out, steps, *rest)
         return
     if who == "hf":
-        hf(work, folder, out, steps, meter)
+        hf(work, folder, out, steps, meter, "compiled" in rest)
     elif who == "loop":
-        loop(work, folder, out, steps, meter)
+        loop(work, folder, out, steps, meter, "compiled" in rest)
     elif work == "sft":
         trl_sft(rest[0], folder, out, steps, meter)
     else:

@@ -46,14 +46,12 @@ def estimate(learner: Learner, loss: Loss, batch: Batch) -> Memory:
     weights = sum(_size(p) for p in parameters)
     gradients = sum(_size(p) for p in parameters if p.requires_grad)
     states = {"adamw": 2, "muon": 1}  # muon keeps one for the matrices of the blocks; the few others are not worth a line
-    kept = _kept(learner, loss, batch)
     inner = learner.model.inner
     config = inner.config.get_text_config()  # type: ignore[union-attr, operator]
     width = torch.empty((), dtype=hardware().dtype).element_size()
     most = rows_at_once(config.vocab_size) if hasattr(inner, "lm_head") else 0
-    rows = min(most, len(batch.rows))
     logits = most * config.vocab_size * 4 * 2  # fp32, and their gradient
-    per_token = max(0, kept - rows * config.vocab_size * 4) / len(batch.tokens)
+    per_token = _kept(learner, loss, batch, config.vocab_size) / len(batch.tokens)
     blocks = config.num_hidden_layers
     checkpointed = per_token / blocks + blocks * config.hidden_size * width  # one block at a time, and every block's input
     return Memory(weights, gradients, states[learner.config.optimizer] * gradients, logits, per_token, min(per_token, checkpointed))
@@ -123,14 +121,14 @@ def help_for(stage: str, memory: Memory, free: int, micro_batch: int, longest: i
     )
 
 
-def _kept(learner: Learner, loss: Loss, batch: Batch) -> int:
-    """Bytes that autograd keeps between forward and backward, parameters aside, each storage once."""
+def _kept(learner: Learner, loss: Loss, batch: Batch, vocabulary: int) -> int:
+    """Bytes that autograd keeps between forward and backward, parameters and logits aside, each storage once."""
     own = {_local(p).untyped_storage().data_ptr() for p in learner.model.parameters()}
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own and tensor.shape[-1:] != (vocabulary,):
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 

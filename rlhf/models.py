@@ -32,6 +32,8 @@ from data.packing import PackedBatch
 from data.tokenizers import Tokenizer
 from rlhf.attention import PACKED, Segments
 from rlhf.errors import RecipeError
+from rlhf.fused_loss import weighted_cross_entropy
+from rlhf.losses import cross_entropy
 from rlhf.recipe import Model
 
 transformers_logging.disable_progress_bar()
@@ -84,10 +86,17 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.inner = causal_lm
 
-    def forward(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
-        """log p(tokens[r] | its text before r) for r in batch.rows: float32 [R], of the distribution at `temperature`."""
-        hidden = hidden_states(self.inner, batch)
-        return log_probs(hidden[batch.before], self.inner.get_output_embeddings(), batch.tokens[batch.rows], temperature)
+    def forward(self, batch: Batch, temperature: float = 1.0, summed: bool = False) -> torch.Tensor:
+        """log p(tokens[r] | its text before r) for r in batch.rows: float32 [R], of the distribution at `temperature`.
+
+        With `summed` the cross-entropy alone, -sum_r w_r log p_r, a float32 scalar: no logits are kept for its backward pass.
+        """
+        hidden, head = hidden_states(self.inner, batch)[batch.before], self.inner.get_output_embeddings()
+        targets = batch.tokens[batch.rows]
+        if summed and temperature == 1 and torch.is_grad_enabled() and type(head) is nn.Linear and head.bias is None:  # no adapter in it
+            return weighted_cross_entropy(hidden, head.weight, targets, batch.weights)
+        found = log_probs(hidden, head, targets, temperature)
+        return cross_entropy(found, batch.weights) if summed else found
 
 
 class ScalarModel(nn.Module):

@@ -15,7 +15,6 @@ from data.packing import Sample
 from data.shards import TokenShards
 from data.tokenizers import from_model
 from data.tokenizers import load as load_tokenizer
-from rlhf.losses import cross_entropy
 from rlhf.models import Batch, LanguageModel, extend_vocabulary, load_causal_lm, new_causal_lm
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe
@@ -77,7 +76,7 @@ def every_token(shards: TokenShards, length: int) -> Units:
 
 def token_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Cross-entropy of the counted tokens; pretraining counts all, fine-tuning the assistant's."""
-    return cross_entropy(model(batch), batch.weights), {}
+    return model(batch, summed=True), {}
 
 
 def bits_per_byte(sums: dict[str, float], shards: TokenShards) -> dict[str, float]:

@@ -167,6 +167,11 @@ class Optimizer(Section):
 
 
 class Training(Optimizer):
+    compile: Literal["auto"] | bool = key(
+        "auto",
+        "Compile each block with torch.compile: faster steps after a first one that takes a minute. CPUs need g++. `auto`: when the stage "
+        "is long enough to win more than that minute.",
+    )
     micro_batch: Annotated[int, Field(ge=16)] | Literal["auto"] = key(
         4096,
         "Tokens of one forward and backward pass of one worker; samples are packed up to it without padding. `auto`: what memory allows.",

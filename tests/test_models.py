@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,10 @@ from tiny import batch_of, causal_lm, plain_twin, recipe_model, sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.tokenizers import Tokenizer, from_model, train
-from rlhf import models
+from rlhf import fused_loss, models
 from rlhf.errors import RecipeError
+from rlhf.fused_loss import weighted_cross_entropy
+from rlhf.model_sizes import PRESETS
 from rlhf.models import (
     LanguageModel,
     ScalarModel,
@@ -23,7 +26,6 @@ from rlhf.models import (
     new_causal_lm,
     save_model,
 )
-from rlhf.model_sizes import PRESETS
 from rlhf.recipe import Model
 
 VOCAB = 261  # 256 bytes and 5 special tokens
@@ -72,6 +74,48 @@ def test_chunks_change_neither_value_nor_gradient(rows: int, temperature: float,
     torch.testing.assert_close(found, full, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(gradients[0], hidden.grad, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(gradients[1], head.weight.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 23])
+@pytest.mark.parametrize("learns", [(True, True), (True, False), (False, True)])
+def test_fused_cross_entropy_is_the_weighted_sum_of_log_probs(
+    rows: int, learns: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value and gradients, in chunks of 5 rows, with the factor that the learner puts before them."""
+    monkeypatch.setattr(fused_loss, "LOGITS_OF_CPU", 5 * 64)
+    torch.manual_seed(rows)
+    hidden, table = torch.randn(rows, 8, requires_grad=learns[0]), torch.randn(64, 8, requires_grad=learns[1])
+    targets, weights = torch.randint(64, (rows,)), torch.randn(rows)
+    found = weighted_cross_entropy(hidden, table, targets, weights)
+    (found * 0.3).backward()
+    gradients = [x.grad for x in (hidden, table)]
+    hidden.grad = table.grad = None
+    expected = -(F.log_softmax(hidden @ table.T, -1)[torch.arange(rows), targets] * weights).sum()
+    (expected * 0.3).backward()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-6)
+    for ours, theirs in zip(gradients, (hidden.grad, table.grad), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_summed_is_the_sum_whatever_the_output_layer(bias: bool) -> None:
+    """One with a bias, or with an adapter in it, takes the plain way."""
+    model = LanguageModel(causal_lm(tie_embeddings=False))
+    head = torch.nn.Linear(32, 64, bias=bias)
+    model.inner.set_output_embeddings(head)
+    tokens = sequences([6, 2, 9])
+    batch = batch_of(tokens, [np.linspace(0, 1, len(t), dtype=np.float32) for t in tokens])
+    summed = model(batch, summed=True)
+    summed.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    plain = -(model(batch) * batch.weights).sum()
+    plain.backward()
+    torch.testing.assert_close(summed, plain)
+    for ours, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rlhf.health import LEAST
 from rlhf.losses import cross_entropy
 from rlhf.models import Batch, LanguageModel
 from rlhf.recipe import Recipe
-from rlhf.training import Task, Units, worker
+from rlhf.training import WORTH_COMPILING, Task, Units, pays_to_compile, worker
 
 STEPS, BATCH, UNITS = 30, 4, 200
 RECIPE: dict[str, Any] = {
@@ -140,3 +141,10 @@ def test_deterministic_kernels_serve_a_whole_stage(tmp_path: Path, monkeypatch: 
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         curves.append([json.loads(line)["pretrain/loss"] for line in lines])
     assert curves[0] == curves[1]
+
+
+def test_only_long_stages_are_compiled() -> None:
+    model = causal_lm()
+    worth = WORTH_COMPILING["cpu"] / (6 * sum(p.numel() for p in model.parameters()))
+    assert not pays_to_compile(model, 0.99 * worth)
+    assert pays_to_compile(model, 1.01 * worth) == (shutil.which("g++") is not None)
