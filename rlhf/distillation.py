@@ -17,15 +17,16 @@ from transformers import PreTrainedModel
 from cluster.hardware import hardware
 from rlhf.errors import RecipeError
 from rlhf.losses import cross_entropy
-from rlhf.models import Batch, LanguageModel, hidden_states, in_chunks, load_causal_lm
+from rlhf.models import Batch, hidden_states, in_chunks, load_causal_lm
 from rlhf.recipe import Distill
 
 
-class Student(LanguageModel):
-    """A language model that is told, beside the log-probabilities of its tokens, how far it is from its teacher."""
+class Student(nn.Module):
+    """A causal LM that is told, beside the log-probabilities of its tokens, how far it is from its teacher."""
 
     def __init__(self, causal_lm: PreTrainedModel, teacher: PreTrainedModel, config: Distill) -> None:
-        super().__init__(causal_lm)
+        super().__init__()
+        self.inner = causal_lm
         self.teacher = (teacher,)  # in a tuple: no submodule, so neither sharded nor trained nor saved
         self.config = config
 

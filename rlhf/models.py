@@ -93,7 +93,8 @@ class LanguageModel(nn.Module):
         """
         hidden, head = hidden_states(self.inner, batch)[batch.before], self.inner.get_output_embeddings()
         targets = batch.tokens[batch.rows]
-        if summed and temperature == 1 and torch.is_grad_enabled() and type(head) is nn.Linear and head.bias is None:  # no adapter in it
+        plain = type(head) is nn.Linear and getattr(head, "bias", None) is None  # no adapter in it
+        if summed and plain and temperature == 1 and torch.is_grad_enabled():
             return weighted_cross_entropy(hidden, head.weight, targets, batch.weights)
         found = log_probs(hidden, head, targets, temperature)
         return cross_entropy(found, batch.weights) if summed else found

@@ -167,7 +167,7 @@ class Optimizer(Section):
 
 
 class Training(Optimizer):
-    compile: Literal["auto"] | bool = key(
+    compile: Literal["auto"] | bool = key(  # type: ignore[assignment]  # decided before a learner sees it
         "auto",
         "Compile each block with torch.compile: faster steps after a first one that takes a minute. CPUs need g++. `auto`: when the stage "
         "is long enough to win more than that minute.",

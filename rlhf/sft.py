@@ -9,6 +9,8 @@ import math
 from functools import partial
 from pathlib import Path
 
+import torch.nn as nn
+
 from cluster.training import Report
 from data.examples import Examples
 from data.packing import Sample
@@ -33,7 +35,7 @@ def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
 
     distill = recipe.sft.distill
 
-    def model() -> LanguageModel:
+    def model() -> nn.Module:
         found = load_causal_lm(base)
         if adapter.method != "none":
             found = with_adapter(found, adapter, recipe.seed)
