@@ -1,7 +1,7 @@
 """The policy's weights into the engines, and the proof that they arrived.
 
-    sync_weights(graph, recipe, version="step-7")
-    gap = gate(graph, recipe, prompts, step=6)            # nats; TrainingError when engine and policy disagree
+sync_weights(graph, recipe, version="step-7")
+gap = gate(graph, recipe, prompts, step=6)            # nats; TrainingError when engine and policy disagree
 """
 
 import numpy as np

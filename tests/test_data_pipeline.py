@@ -64,7 +64,7 @@ def test_every_document_arrives_once_on_its_side_in_file_order(tmp_path: Path) -
     assert held_out
     assert texts_of(tmp_path / "out/validation") == held_out
     assert texts_of(tmp_path / "out/train") == [t for t in expected if t not in held_out]
-    ids = {i for s in (train, validation) for n in range(s.windows(1)) for i in s.document_ids(n, 1)}
+    ids = {i for s in (train, validation) for n in range(s.windows(1)) for i in s.document_ids(n, n + 1)}
     assert ids == {text_id(t).hex() for t in expected}
     assert (tmp_path / "out/broken.jsonl").read_text() == ""
 
