@@ -135,11 +135,11 @@ class Curriculum:
                 room = most * planned.windows[s]  # windows
                 steps = int(room * planned.mixture.period / (planned.mixture.parts[s] * self.batch))
                 share = int(1000 * room / (planned.phase.steps * self.batch)) / 1000
+                or_share = f", or its share of the tokens to {share:g}" if len(self.sources) > 1 else ""
                 raise DataError(
-                    f"pretrain.phases: phase {number} would show {source.name or 'the text'} {seen:.2f} times, more often than max_epochs = "
-                    f"{most:g} (it has {planned.windows[s]:,} windows of {planned.length} tokens): lower steps from "
-                    f"{planned.phase.steps:,} to {steps:,}"
-                    + (f", or its share of the tokens to {share:g}" if len(self.sources) > 1 else "")
+                    f"pretrain.phases: phase {number} would show {source.name or 'the text'} {seen:.2f} times, more often than "
+                    f"max_epochs = {most:g} (it has {planned.windows[s]:,} windows of {planned.length} tokens): lower steps from "
+                    f"{planned.phase.steps:,} to {steps:,}{or_share}"
                 )
 
     def _check_text(self, number: int, phase: Phase, length: int, held: dict[str, int]) -> None:

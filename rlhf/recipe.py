@@ -7,7 +7,7 @@ This file is only the schema. Reading YAML, overrides and error messages are in 
 A field is written as `key(default, meaning, unit=..., source=..., <pydantic constraint>)`.
 """
 
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -200,7 +200,7 @@ class Pretrain(Training):
     steps: int = key(400, "Optimizer steps; 0 takes the model of `model.init` as it is.", unit="steps", ge=0)
     phases: list[Phase] | None = key(
         None,
-        "Instead of `steps`: phases with mixtures of their own; each goes on where the one before ended, all under one optimizer and schedule.",
+        "Instead of `steps`: phases with mixtures of their own, each going on where the one before ended, under one schedule.",
         min_length=1,
     )
     embeddings_only_steps: int = key(
@@ -447,9 +447,11 @@ class Recipe(Section):
         for number, phase in enumerate(self.pretrain.phases or [], start=1):
             for source in phase.weights or {}:
                 if source not in self.data.pretrain:
-                    near = get_close_matches(source, self.data.pretrain, n=1, cutoff=0.4) or self.data.pretrain[:1]
-                    wrong.append(
-                        f"pretrain.phases: phase {number} gives weight to {source!r}, which data.pretrain does not list "
-                        f"(did you mean {near[0]!r}?)"
-                    )
+                    near = max(self.data.pretrain, key=lambda known: max(_alike(source, known), _alike(source, known.rpartition("/")[2])))
+                    what = f"phase {number} gives weight to {source!r}, which data.pretrain does not list (did you mean {near!r}?)"
+                    wrong.append(f"pretrain.phases: {what}")
         return wrong
+
+
+def _alike(one: str, other: str) -> float:
+    return SequenceMatcher(None, one, other).ratio()
