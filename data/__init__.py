@@ -12,6 +12,7 @@ From the source to the model, one file each:
     chat.py         messages -> ids and the mask of what to learn; templates.py renders them
     shards.py       token shards: written here, read through memory maps
     order.py        which sample comes when: arithmetic, not state
+    mixture.py      which source comes when, where sources are mixed by weight: arithmetic too
     packing.py      samples -> micro-batches without padding, shared evenly among workers
 
     errors.py       DataError: the message says what, where and what to do

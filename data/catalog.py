@@ -64,7 +64,10 @@ def _chatterbot(wheel: Path) -> Rows:
                 turns = [(said[0], answer) for answer in said[1:]] if Path(name).stem in _ALTERNATIVES else [tuple(said)]
                 conversations |= dict.fromkeys(turn[: len(turn) // 2 * 2] for turn in turns)
     roles = ("user", "assistant")
-    return {"chat": [{"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]} for said in conversations]}
+    return {
+        "chat": [{"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]} for said in conversations],
+        "text": [{"text": "\n".join(said)} for said in conversations],
+    }
 
 
 def _rated_snippets(sdist: Path) -> Rows:
@@ -98,11 +101,12 @@ CATALOG: dict[str, Dataset] = {
             "chatterbot",
             "BSD-3-Clause",
             "English questions and answers about computers, trivia, feelings and small talk, each once",
-            ("chat",),
+            ("chat", "text"),
             Package(
                 "chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", ("--only-binary=:all:",)
             ),
             _chatterbot,
+            version=2,
         ),
         Dataset(
             "rated-snippets",

@@ -10,7 +10,7 @@ Ray Data reads, cleans and tokenizes on all cores of all nodes. The driver sees 
 bytes for any number of workers. Finding duplicates and writing are the two steps that more nodes do not make faster.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -30,6 +30,7 @@ from data.shards import Document, ShardWriter
 from data.tokenizers import Tokenizer, train
 
 TEXT = pa.schema([("id", pa.binary(16)), ("text", pa.large_string())])
+COUNTED = ("documents", "tokens", "bytes_of_text")
 VOCABULARY_BYTES = 2 << 30  # a vocabulary is learned from at most this much text: 2 GiB take minutes, and more changes little
 
 
@@ -42,14 +43,18 @@ def prepare_text(
     max_broken_fraction: float,
     shard_tokens: int,
     more_texts: Iterable[str] = (),
+    source_of: Sequence[str] = (),
 ) -> Tokenizer:
     """Write `out_dir`/{train,validation} (see `shards`), broken.jsonl and manifest.json; returns the tokenizer.
 
     `tokenizer` is a ready one, or the size of a vocabulary to learn from the training documents and `more_texts`: what the
-    model will read and write later is not always in the words of what it is pretrained on. Needs a connected Ray.
+    model will read and write later is not always in the words of what it is pretrained on. `source_of` names each file's source (default:
+    its path); files of one source stand together, so its documents are one run of the stream, whose length the manifest tells. Of equal
+    documents the first stays, so a later source may lose some to an earlier one. Needs a connected Ray.
     Raises DataError when too many rows are broken or fewer than two different documents remain.
     """
     (out_dir / "manifest.json").unlink(missing_ok=True)
+    source_of = source_of or [str(path) for path in files]
     with ordered():
         rows = read(files, clean, TEXT).materialize()
         counts = check_broken(rows, files, out_dir, max_broken_fraction)
@@ -63,7 +68,7 @@ def prepare_text(
         plan = Plan(skip=frozenset(map(tuple, keys[again].tolist())), limit=validation_limit(ids[~again], validation_fraction))
         if isinstance(tokenizer, int):
             tokenizer = train(chain(_training_texts(rows, plan), more_texts), tokenizer)
-        manifests = _write(rows, plan, tokenizer, out_dir, shard_tokens)
+        manifests, sizes = _write(rows, plan, tokenizer, out_dir, shard_tokens, source_of)
     write_json(
         out_dir / "manifest.json",
         {
@@ -73,7 +78,9 @@ def prepare_text(
             "vocab_size": tokenizer.vocab_size,
             **counts,
             "duplicates": int(again.sum()),
-            **{split: {k: m[k] for k in ("documents", "tokens", "bytes_of_text")} for split, m in manifests.items()},
+            **{split: {k: m[k] for k in COUNTED} for split, m in manifests.items()},
+            # Here and not in the splits' manifests, on whose hash the sample order depends: naming sources moves no sample.
+            "sources": [{"source": name, **of_splits} for name, of_splits in sizes.items()],
         },
     )
     return tokenizer
@@ -140,7 +147,10 @@ def _training_texts(rows: Dataset, plan: Plan) -> Iterator[str]:
                 return
 
 
-def _write(rows: Dataset, plan: Plan, tokenizer: Tokenizer, out_dir: Path, shard_tokens: int) -> dict[str, dict[str, Any]]:
+def _write(
+    rows: Dataset, plan: Plan, tokenizer: Tokenizer, out_dir: Path, shard_tokens: int, source_of: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, dict[str, int]]]]:
+    """The manifests of both splits, and source -> split -> what it has there."""
     reference = ray.put(tokenizer)
 
     def tokenize(block: pa.Table) -> pa.Table:
@@ -149,6 +159,7 @@ def _write(rows: Dataset, plan: Plan, tokenizer: Tokenizer, out_dir: Path, shard
         texts = block["text"].to_pylist()
         encoded = [[*ids, here.end_of_text] for ids in here.encode_batch(texts)]
         columns = {
+            "file": block["file"],
             "id": block["id"],
             "validation": pa.array(held_out),
             "bytes": pa.array([len(text.encode()) for text in texts], pa.int64()),
@@ -160,6 +171,7 @@ def _write(rows: Dataset, plan: Plan, tokenizer: Tokenizer, out_dir: Path, shard
         split: ShardWriter(out_dir / split, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint, shard_tokens=shard_tokens)
         for split in ("train", "validation")
     }
+    sizes = {source: {split: dict.fromkeys(COUNTED, 0) for split in writers} for source in source_of}
     tokenized = rows.map_batches(tokenize, batch_format="pyarrow", batch_size=None)
     for batch in tokenized.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in range(len(batch)):
@@ -168,5 +180,9 @@ def _write(rows: Dataset, plan: Plan, tokenizer: Tokenizer, out_dir: Path, shard
                 tokens=batch["tokens"][row].values.to_numpy(),
                 text_bytes=batch["bytes"][row].as_py(),
             )
-            writers["validation" if batch["validation"][row].as_py() else "train"].add(document)
-    return {split: writer.finish() for split, writer in writers.items()}
+            split = "validation" if batch["validation"][row].as_py() else "train"
+            writers[split].add(document)
+            size = sizes[source_of[batch["file"][row].as_py()]][split]
+            for name, count in zip(COUNTED, (1, len(document.tokens), document.text_bytes), strict=True):
+                size[name] += count
+    return {split: writer.finish() for split, writer in writers.items()}, sizes

@@ -165,10 +165,10 @@ class TokenShards:
         cuts = np.unique(np.concatenate([[start], self._ends[low:high], [stop]]))
         return np.concatenate(pieces).astype(np.int64), np.diff(cuts).tolist()
 
-    def document_ids(self, i: int, length: int) -> list[str]:
-        """The documents that window i shows, as hex ids, one per segment: which texts were behind a loss?"""
-        _, lengths = self.window(i, length)
-        starts = i * length + np.cumsum([0, *lengths[:-1]])
+    def document_ids(self, start: int, stop: int) -> list[str]:
+        """The documents of tokens `[start, stop)`, as hex ids, one per segment of `span`: which texts were behind a loss?"""
+        _, lengths = self.span(start, stop)
+        starts = start + np.cumsum([0, *lengths[:-1]])
         ids = []
         for document in np.searchsorted(self._ends, starts, side="right"):
             shard = int(np.searchsorted(self._starts, self._ends[document] - 1, side="right")) - 1

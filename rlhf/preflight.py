@@ -60,8 +60,9 @@ def _directory_problems(key: str, model: Path) -> list[str]:
 
 def _length_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     limit = config.get("max_position_embeddings")
+    window, longest = recipe.pretrain.longest_window
     lengths = {
-        "pretrain.sequence_length": recipe.pretrain.sequence_length,
+        window: longest,
         "sft.max_tokens": recipe.sft.max_tokens,
         "reward.max_tokens": recipe.reward.max_tokens,
         "ppo.max_prompt_tokens + ppo.max_response_tokens": recipe.ppo.max_prompt_tokens + recipe.ppo.max_response_tokens,

@@ -7,6 +7,7 @@ This file is only the schema. Reading YAML, overrides and error messages are in 
 A field is written as `key(default, meaning, unit=..., source=..., <pydantic constraint>)`.
 """
 
+from difflib import SequenceMatcher
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -182,14 +183,49 @@ class Training(Optimizer):
     checkpoint_every: int = key(50, "Steps between two checkpoints.", unit="steps", ge=1)
 
 
+class Phase(Section):
+    steps: int = key(..., "Optimizer steps of this phase.", unit="steps", ge=1)
+    weights: dict[Source, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = key(
+        None,
+        "Share of the tokens by source, named as in data.pretrain; shares count relative to each other, sources without one are left out. "
+        "Default: all, by their size.",
+        min_length=1,
+    )
+    sequence_length: int | None = key(None, "Tokens of one window in this phase. Default: pretrain.sequence_length.", unit="tokens", ge=16)
+    max_epochs: float | None = key(
+        None,
+        "Training does not start when this phase would show a source more often; up to 4 passes are nearly as good as new text.",
+        unit="epochs",
+        gt=0,
+        source="arXiv:2305.16264",
+    )
+
+
 class Pretrain(Training):
     steps: int = key(400, "Optimizer steps; 0 takes the model of `model.init` as it is.", unit="steps", ge=0)
+    phases: list[Phase] | None = key(
+        None,
+        "Instead of `steps`: phases with mixtures of their own, each going on where the one before ended, under one schedule.",
+        min_length=1,
+    )
     embeddings_only_steps: int = key(
         0, "For so many steps only the embeddings (and the output layer) learn, so that new tokens find their place.", unit="steps", ge=0
     )
     sequence_length: int = key(256, "Tokens of one window of the token stream; documents in it never see each other.", unit="tokens", ge=16)
     global_batch: int = key(8, "Windows per optimizer step, over all workers.", unit="windows", ge=1)
     learning_rate: float = key(3e-3, "Peak learning rate.", unit="per step", gt=0)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps if self.phases is None else sum(phase.steps for phase in self.phases)
+
+    @property
+    def longest_window(self) -> tuple[str, int]:
+        """Which key says so, and tokens."""
+        lengths = [phase.sequence_length or 0 for phase in self.phases or []]
+        if max(lengths, default=0) > self.sequence_length:
+            return "pretrain.phases: sequence_length", max(lengths)
+        return "pretrain.sequence_length", self.sequence_length
 
 
 class Adapter(Section):
@@ -369,13 +405,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def sizes_agree(self) -> "Recipe":
-        wrong = []
+        wrong = self._unknown_sources()
         limit = self.model.max_positions
+        window, longest = self.pretrain.longest_window
         if self.model.init is None:
-            if not self.pretrain.steps:
+            if not self.pretrain.total_steps:
                 wrong.append("pretrain.steps = 0 needs model.init, a model that has learned already")
             for name, length in {
-                "pretrain.sequence_length": self.pretrain.sequence_length,
+                window: longest,
                 "sft.max_tokens": self.sft.max_tokens,
                 "reward.max_tokens": self.reward.max_tokens,
                 "ppo.max_prompt_tokens + ppo.max_response_tokens": self.ppo.max_prompt_tokens + self.ppo.max_response_tokens,
@@ -389,7 +426,7 @@ class Recipe(Section):
         if self.tokenizer.extend is not None and self.tokenizer.encoding != "model":
             wrong.append("tokenizer.extend needs tokenizer.encoding = model: a vocabulary of one's own learns its words from the texts")
         for name, length, budget in (
-            ("pretrain.sequence_length", self.pretrain.sequence_length, self.pretrain.micro_batch),
+            (window, longest, self.pretrain.micro_batch),
             ("sft.max_tokens", self.sft.max_tokens, self.sft.micro_batch),
             ("reward.max_tokens x 2", 2 * self.reward.max_tokens, self.reward.micro_batch),
             ("reward.max_tokens x 2", 2 * self.reward.max_tokens, self.preference.micro_batch),
@@ -408,3 +445,18 @@ class Recipe(Section):
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def _unknown_sources(self) -> list[str]:
+        """Weights can only be given to what data.pretrain lists."""
+        wrong = []
+        for number, phase in enumerate(self.pretrain.phases or [], start=1):
+            for source in phase.weights or {}:
+                if source not in self.data.pretrain:
+                    near = max(self.data.pretrain, key=lambda known: max(_alike(source, known), _alike(source, known.rpartition("/")[2])))
+                    what = f"phase {number} gives weight to {source!r}, which data.pretrain does not list (did you mean {near!r}?)"
+                    wrong.append(f"pretrain.phases: {what}")
+        return wrong
+
+
+def _alike(one: str, other: str) -> float:
+    return SequenceMatcher(None, one, other).ratio()

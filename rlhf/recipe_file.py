@@ -140,7 +140,7 @@ def _from_pydantic(error: Any) -> list[Problem]:
     where: KeyPath = error["loc"]
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
-        wanted = ".".join(str(p) for p in where)
+        wanted = ".".join(p for p in where if isinstance(p, str))
         nearest = nearest_key(wanted)
         return [Problem(where, "is no key of a recipe" + (f"; did you mean {nearest}?" if nearest else "; see roundhouse explain"))]
     if kind == "missing":
@@ -176,11 +176,17 @@ def _idle_keys(values: dict[str, Any]) -> list[tuple[str, str]]:
         idle += [("model", k) for k in section_at(("model",)).model_fields if k != "init"]
     if tokenizer.get("encoding", "train") != "train":
         idle += [("tokenizer", "vocab_size")]
+    if _section(values, "pretrain").get("phases") is not None:
+        idle += [("pretrain", "steps")]
     return idle
 
 
 def _keys_without_effect(values: dict[str, Any]) -> list[Problem]:
-    because = {"model": "model.init brings a model of its own", "tokenizer": "tokenizer.encoding names a ready vocabulary"}
+    because = {
+        "model": "model.init brings a model of its own",
+        "tokenizer": "tokenizer.encoding names a ready vocabulary",
+        "pretrain": "pretrain.phases have steps of their own",
+    }
     return [
         Problem((section, key), f"would have no effect: {because[section]}; remove one of the two")
         for section, key in _idle_keys(values)

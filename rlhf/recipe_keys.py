@@ -81,10 +81,10 @@ def nearest_key(wanted: str) -> str | None:
 
 
 def section_at(where: tuple[str | int, ...]) -> type[Section]:
-    """The schema class of the section at that path of keys."""
+    """The schema class of the section at that path of keys, and numbers in lists of sections."""
     section: type[Section] = Recipe
-    for part in where:
-        field = section.model_fields.get(str(part))
+    for part in (p for p in where if isinstance(p, str)):
+        field = section.model_fields.get(part)
         inner = _section_type(field) if field else None
         if inner is None:
             raise KeyError(f"{'.'.join(map(str, where))} is no section")
@@ -93,14 +93,19 @@ def section_at(where: tuple[str | int, ...]) -> type[Section]:
 
 
 def _section_type(field: FieldInfo) -> type[Section] | None:
-    return field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, Section) else None
+    """The section behind a key: its own, or that of each item of a list."""
+    for kind in (field.annotation, *(inner for outer in get_args(field.annotation) for inner in get_args(outer))):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
 
 
 def _key(name: str, field: FieldInfo, default: Any) -> Key:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     unit, source = str(extra.get("unit", "")), str(extra.get("source", ""))
     if _section_type(field):
-        return Key(name, field.description or "", "section", None, unit, "", source)
+        kind = "section" if isinstance(field.annotation, type) else "list of sections"
+        return Key(name, field.description or "", kind, None, unit, "", source)
     shown = "required" if field.is_required() else _text(default)
     return Key(name, field.description or "", _type(field.annotation), shown, unit, _limits(field), source)
 
@@ -122,6 +127,8 @@ def _type(annotation: Any) -> str:
         return " | ".join(_type(a) for a in args)
     if origin is Annotated:
         return _type(args[0])
+    if origin is dict:
+        return "{" + ": ".join(_type(a) for a in args) + "}"
     if origin in (list, tuple):
         return "[" + ", ".join(_type(a) for a in args) + (", ..." if origin is list else "") + "]"
     return {int: "integer", float: "number", str: "text", bool: "true | false", type(None): "null"}.get(annotation, str(annotation))

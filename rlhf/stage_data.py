@@ -30,12 +30,14 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     monitor.progress(0, len(PARTS), "pretraining texts")
     if made["pretrain"] is None or not (out / "tokenizer" / "tokenizer.json").is_file():
         ready = _ready_tokenizer(recipe)
+        source_of = _source_of(recipe, recipe.data.pretrain)
         tokenizer = prepare_text(
-            _files(recipe, recipe.data.pretrain),
+            list(source_of),
             recipe.tokenizer.vocab_size if ready is None else ready,
             out / "pretrain",
             shard_tokens=recipe.data.shard_tokens,
             more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction),
+            source_of=list(source_of.values()),
             **limits,
         )
         tokenizer.save(out / "tokenizer")
@@ -46,6 +48,9 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         monitor.result(f"{split}_documents", text[split]["documents"])
     monitor.result("bytes_per_token", text["train"]["bytes_of_text"] / text["train"]["tokens"])
     monitor.result("duplicates", text["duplicates"])
+    of_sources = text.get("sources", [])
+    for source in of_sources if len(of_sources) > 1 else []:
+        monitor.result(f"data/train_tokens/{source['source']}", source["train"]["tokens"])
     monitor.result("vocab_size", tokenizer.vocab_size)
 
     wanted = (
@@ -95,11 +100,18 @@ def _ready_tokenizer(recipe: Recipe) -> Any:
 
 
 def _files(recipe: Recipe, sources: list[str]) -> list[Path]:
-    """The files of all sources, absolute: Ray's workers have working directories of their own."""
+    return list(_source_of(recipe, sources))
+
+
+def _source_of(recipe: Recipe, sources: list[str]) -> dict[Path, str]:
+    """The files of all sources, each with the first that has it. Absolute: Ray's workers have working directories of their own."""
     from data.catalog import resolve
 
-    files = [path.absolute() for source in sources for path in resolve(source, recipe.data.cache_dir)]
-    return list(dict.fromkeys(files))
+    found: dict[Path, str] = {}
+    for source in sources:
+        for path in resolve(source, recipe.data.cache_dir):
+            found.setdefault(path.absolute(), source)
+    return found
 
 
 def _report_part(monitor: Monitor, out: Path, part: str) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     train("pretrain", task, recipe, inputs, out, monitor)   # on the driver: Ray Train workers run `worker` below
 
 A task is a list of units (a window of text, a conversation, a comparison), each one or more packable samples, and a loss.
-Step s takes the units at places s * global_batch ... of the sample order; who computes which of them is decided by
-`balance`, the same on every worker, so the number of workers changes the speed and not the curve.
+Step s takes the units at places s * global_batch ... of the sample order, unless the task has an order of its own; who computes which
+of them is decided by `balance`, the same on every worker, so the number of workers changes the speed and not the curve.
 """
 
 import json
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,6 +54,19 @@ class Units:
     documents: Callable[[int], list[str]]  # where unit i comes from, for a person who looks into it
 
 
+class Order(Protocol):
+    """Which units a step takes, where that is not one permutation after another (`rlhf/curriculum.py`)."""
+
+    def ids(self, step: int) -> list[int]:
+        """A function of the step alone: whoever resumes there goes on with the same units."""
+
+    def metrics(self, done: int) -> dict[str, float]:
+        """What is logged of the order after `done` steps."""
+
+    def note(self, step: int) -> str:
+        """What is said before this step; "" for nothing."""
+
+
 @dataclass(frozen=True)
 class Task:
     model: Callable[[], nn.Module]
@@ -63,6 +76,7 @@ class Task:
     figures: Callable[[dict[str, float]], dict[str, float]]  # sums over the validation set -> what is reported
     steps: int
     save: Callable[[PreTrainedModel, dict[str, torch.Tensor], Tokenizer, Path], None] = save_model  # what rank 0 leaves as out/model
+    order: Order | None = None  # default: the permutations of data/order.py
 
 
 TaskOf = Callable[[Recipe, dict[str, Path], Report], Task]  # called on every worker: what it opens is opened there
@@ -72,8 +86,9 @@ def train(stage: str, task: TaskOf, recipe: Recipe, inputs: dict[str, Path], out
     """Train `stage` with Ray Train and leave `out/model`, its figures in `monitor`, checkpoints in `out/checkpoints`."""
 
     def on_report(values: dict[str, Any]) -> None:
-        if "warning" in values:
-            monitor.say(values["warning"])
+        for kind in ("warning", "note"):
+            if kind in values:
+                monitor.say(values[kind])
         if "step" in values:
             monitor.progress(values["step"], values["steps"], values["text"])
         for name, value in values.get("results", {}).items():
@@ -141,7 +156,12 @@ def worker(config: dict[str, Any], report: Report) -> None:
     validated = {}
     for step in range(start, task.steps):
         clock.start()
-        ids = batch_indices(recipe.seed, step, settings.global_batch, len(task.train.lengths), task.train.hash).tolist()
+        if task.order is not None:
+            ids = task.order.ids(step)
+            if note := task.order.note(step):
+                report({"note": note})
+        else:
+            ids = batch_indices(recipe.seed, step, settings.global_batch, len(task.train.lengths), task.train.hash).tolist()
         mine = batches(task.train, ids)
         clock.data_is_there()
         try:
@@ -158,6 +178,8 @@ def worker(config: dict[str, Any], report: Report) -> None:
             raise TrainingError(help_for(config["stage"], memory, free, budget, longest, world)) from error
         done = step + 1
         metrics |= clock.stop(sum(task.train.lengths[i] for i in ids), mine)
+        if task.order is not None:
+            metrics |= task.order.metrics(done)
         for warning in health.observe(done, metrics["loss"], learner.layer_norms):
             text = f"step {done}: {warning.text}. In this step: {named(task.train, ids)}"
             report({"warning": text})

@@ -14,6 +14,7 @@ from test_data_tokenizers import SAMPLE, TRAINED
 from data import catalog, reading
 from data.cleaning import in_validation, repeated, text_id, validation_limit
 from data.errors import DataError
+from data.mixture import sources
 from data.pipeline import prepare_text
 from data.shards import TokenShards
 from data.tokenizers import Tokenizer
@@ -64,7 +65,7 @@ def test_every_document_arrives_once_on_its_side_in_file_order(tmp_path: Path) -
     assert held_out
     assert texts_of(tmp_path / "out/validation") == held_out
     assert texts_of(tmp_path / "out/train") == [t for t in expected if t not in held_out]
-    ids = {i for s in (train, validation) for n in range(s.windows(1)) for i in s.document_ids(n, 1)}
+    ids = {i for s in (train, validation) for n in range(s.windows(1)) for i in s.document_ids(n, n + 1)}
     assert ids == {text_id(t).hex() for t in expected}
     assert (tmp_path / "out/broken.jsonl").read_text() == ""
 
@@ -81,6 +82,36 @@ def test_workers_and_ranges_change_no_byte(tmp_path: Path, monkeypatch: pytest.M
         for path in (tmp_path / "one").rglob("*.*"):
             assert path.read_bytes() == (tmp_path / str(cpus) / path.relative_to(tmp_path / "one")).read_bytes(), path
     assert len(list((tmp_path / "one/train").glob("*.bin"))) > 1
+
+
+def test_sources_are_runs_of_the_one_stream_and_change_no_byte_of_it(tmp_path: Path) -> None:
+    rows = {"a": TEXTS[:25], "b1": [*TEXTS[20:40], TEXTS[3]], "b2": TEXTS[38:50], "c": TEXTS[:9], "d": TEXTS[50:]}
+    files = [jsonl(tmp_path / f"{name}.jsonl", [{"text": t} for t in texts]) for name, texts in rows.items()]
+    prepare(files, tmp_path / "plain")
+    prepare_text(
+        files,
+        TRAINED,
+        tmp_path / "named",
+        validation_fraction=0.2,
+        max_broken_fraction=0,
+        shard_tokens=2000,
+        source_of=["a", "b", "b", "c", "d"],
+    )
+    for split in ("train", "validation"):
+        for path in (tmp_path / "plain" / split).iterdir():
+            assert path.read_bytes() == (tmp_path / "named" / split / path.name).read_bytes(), path
+        shards = TokenShards(tmp_path / "named" / split)
+        found = sources(tmp_path / "named", split)
+        assert [source.name for source in found] == ["a", "b", "c", "d"]
+        assert (found[0].start, found[-1].stop) == (0, shards.tokens)
+        of_source = {"a": TEXTS[:25], "b": TEXTS[25:50], "c": [], "d": TEXTS[50:]}  # the first source wins
+        for source in found:
+            mine = [t for t in of_source[source.name] if in_validation(t, 0.2) == (split == "validation")]
+            ids = shards.document_ids(source.start, source.stop) if mine else []
+            assert ids == [text_id(t).hex() for t in mine]
+            assert source.tokens == sum(len(TRAINED.encode(t)) + 1 for t in mine)
+            assert source.bytes_of_text == sum(len(t.encode()) for t in mine)
+    assert [source.name for source in sources(tmp_path / "plain", "train")] == [str(path) for path in files]
 
 
 def broken_file(folder: Path) -> Path:

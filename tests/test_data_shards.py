@@ -40,7 +40,7 @@ def test_windows_are_the_stream_cut_at_document_ends(
         assert tokens.tolist() == [token for token, _ in expected]
         owners = [number for _, number in expected]
         assert lengths == [owners.count(number) for number in sorted(set(owners))]
-        assert shards.document_ids(i, length) == [number.to_bytes(16, "big").hex() for number in sorted(set(owners))]
+        assert shards.document_ids(i * length, (i + 1) * length) == [number.to_bytes(16, "big").hex() for number in sorted(set(owners))]
     with pytest.raises(IndexError):
         shards.window(shards.windows(length), length)
     assert shards.span(0, len(stream))[0].tolist() == [token for token, _ in stream]

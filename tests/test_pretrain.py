@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from data.packing import pack
 from data.shards import Document, ShardWriter, TokenShards
+from rlhf.curriculum import windows
 from rlhf.models import Batch
-from rlhf.pretrain import bits_per_byte, every_token, token_loss, windows
+from rlhf.pretrain import bits_per_byte, every_token, token_loss
 
 DOCUMENTS = st.lists(st.lists(st.integers(1, 255), min_size=1, max_size=40), min_size=1, max_size=8)
 PREDICTABLE = DOCUMENTS.filter(lambda documents: any(len(document) > 1 for document in documents))

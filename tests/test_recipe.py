@@ -97,6 +97,48 @@ def test_sections_that_disagree(recipe_path: Path) -> None:
     assert "override cluster.ports=[5, 6]: cluster.ports must be" in complaint(recipe_path, "cluster.ports=[5, 6]")
 
 
+def phased(recipe_text: str, tmp_path: Path, phases: str) -> str:
+    (tmp_path / "qa.jsonl").write_text('{"text": "Hi"}\n')
+    return recipe_text.replace("speech.txt]", f"speech.txt, {tmp_path}/qa.jsonl]").replace("steps: 3", f"phases: {phases}")
+
+
+def test_phases_are_read_and_written_out(recipe_path: Path, recipe_text: str, tmp_path: Path) -> None:
+    weights = f"{{{tmp_path}/speech.txt: 3, {tmp_path}/qa.jsonl: 0.5}}"
+    phases = f"[{{steps: 6}}, {{steps: 2, weights: {weights}, max_epochs: 4}}, {{steps: 1, sequence_length: 512}}]"
+    recipe_path.write_text(phased(recipe_text, tmp_path, phases))
+    recipe = recipe_file.load(recipe_path)
+    assert (recipe.pretrain.total_steps, recipe.pretrain.longest_window[1]) == (9, 512)
+    assert recipe.pretrain.phases is not None
+    assert recipe.pretrain.phases[1].weights == {f"{tmp_path}/speech.txt": 3, f"{tmp_path}/qa.jsonl": 0.5}
+    recipe_path.write_text(recipe_file.resolved(recipe))
+    assert recipe_file.load(recipe_path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("phases", "message"),
+    [
+        ("[{steps: 6}]\n  steps: 3", "pretrain.steps would have no effect: pretrain.phases have steps of their own"),
+        ("[{steps: 6}, {steps: 1, weights: {qa.jsonl: 1}}]", "phase 2 gives weight to 'qa.jsonl', which data.pretrain does not list"),
+        ("[{steps: 6, weights: {qa.jsonl: 1}}]", "qa.jsonl'?)"),
+        ("[{steps: 6, weights: {}}]", "pretrain.phases.weights should have at least 1 item"),
+        ("[{steps: 6, weights: {a: -1}}]", "pretrain.phases.weights.a should be greater than 0, got -1"),
+        ("[{steps: 6, weights: {a: .inf}}]", "pretrain.phases.weights.a should be a finite number"),
+        ("[{steps: 6, wights: {a: 1}}]", "pretrain.phases.wights is no key of a recipe; did you mean pretrain.phases.weights?"),
+        ("[{weights: {a: 1}}]", "pretrain.phases.steps is missing and has no default"),
+        ("[6]", "pretrain.phases is a section with keys of its own (steps, weights"),
+        ("[]", "pretrain.phases should have at least 1 item"),
+        ("[{steps: 6, sequence_length: 600}]", "pretrain.phases: sequence_length = 600 is longer than model.max_positions = 512"),
+        ("[{steps: 6, sequence_length: 300}]\n  micro_batch: 256", "sequence_length = 300 does not fit into micro_batch = 256"),
+    ],
+)
+def test_phases_that_cannot_be(recipe_path: Path, recipe_text: str, tmp_path: Path, phases: str, message: str) -> None:
+    recipe_path.write_text(phased(recipe_text, tmp_path, phases))
+    found = complaint(recipe_path)
+    line = next(n for n, text in enumerate(recipe_path.read_text().splitlines(), 1) if "phases:" in text)
+    assert message in found
+    assert f"line {line}" in found or f"line {line + 1}" in found
+
+
 def test_key_without_effect(recipe_path: Path) -> None:
     message = complaint(recipe_path, "tokenizer.encoding=gpt2", "tokenizer.vocab_size=5000")
     assert "tokenizer.vocab_size would have no effect" in message
@@ -156,6 +198,7 @@ def test_explain_knows_every_key() -> None:
     assert "arXiv:1909.08593" in kl.source
     assert [k.name for k in recipe_keys.explain("ppo.groups")][:2] == ["ppo.groups", "ppo.groups.policy"]
     assert "pretrain.learning_rate" in keys
+    assert (keys["pretrain.phases"].type, keys["pretrain.phases.weights"].type) == ("list of sections", "{text: number} | null")
     assert keys["pretrain.learning_rate"].default == "0.003"  # the section's own default, not the shared one
     with pytest.raises(RecipeError, match=r"did you mean ppo\.kl_coef"):
         recipe_keys.explain("ppo.klcoef")
