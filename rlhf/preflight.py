@@ -23,6 +23,9 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> None:
             f"sft.adapter.method = p_tuning_v2: a prefix cannot be merged into the model, so {after[0]} has none to start from; "
             "end with --until sft, or take lora"
         )
+    for stage in ("pretrain", "sft", "reward", "preference"):
+        if stage in stages and getattr(recipe, stage).float8 and not recipe.cluster.gpus_per_worker:
+            problems.append(f"{stage}.float8 needs GPUs: set cluster.gpus_per_worker, or {stage}.float8: false")
     if recipe.model.init is not None:
         problems += _model_problems(recipe, Path(recipe.model.init).expanduser())
     if recipe.sft.distill.teacher is not None:

@@ -173,6 +173,11 @@ class Training(Optimizer):
         unit="tokens",
     )
     global_batch: int = key(32, "Samples per optimizer step, over all workers.", unit="samples", ge=1)
+    float8: bool = key(
+        False,
+        "Matmuls of the blocks in fp8, by torchao (pip install '.[fp8]'); GPUs of compute capability 8.9 and newer.",
+        source="arXiv:2209.05433",
+    )
     validate_every: int = key(50, "Steps between two validations.", unit="steps", ge=1)
     checkpoint_every: int = key(50, "Steps between two checkpoints.", unit="steps", ge=1)
 

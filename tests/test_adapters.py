@@ -61,7 +61,7 @@ def test_gradients_are_pefts_own_row_by_row() -> None:
         F.cross_entropy(theirs(input_ids=row[None]).logits[0, :-1], row[1:], reduction="sum").backward()
     for name, p in adapters.items():
         expected = of_theirs[name].grad
-        assert (p.grad - expected).norm() < 1e-6 * expected.norm(), name
+        assert (p.grad - expected).norm() < 1e-5 * expected.norm(), name
 
 
 def test_adapter_opens_in_peft_and_equals_the_merged_model(tmp_path: Path) -> None:
