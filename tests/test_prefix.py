@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -14,6 +16,7 @@ from tiny import CPU, batch_of, causal_lm, plain_twin, sequences
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from data.packing import Sample, pack
+from data.tokenizers import load as load_tokenizer
 from data.tokenizers import train
 from rlhf import attention, preflight, recipe_file
 from rlhf.adapters import PREFIX, save_prefix, with_adapter
@@ -24,7 +27,9 @@ from rlhf.errors import RecipeError
 from rlhf.learner import Learner, full_weights
 from rlhf.models import Batch, LanguageModel, hidden_states, load_causal_lm, save_model
 from rlhf.pretrain import token_loss
-from rlhf.recipe import Adapter, Optimizer
+from rlhf.recipe import Adapter, Optimizer, Recipe
+from rlhf.sft import task
+from rlhf.training import worker
 
 ADAPTER = Adapter(method="p_tuning_v2", virtual_tokens=5)
 CONFIG = Optimizer(learning_rate=0.1, weight_decay=0.0)
@@ -189,6 +194,46 @@ def test_chat_stands_behind_the_prefix(run_dir: Path) -> None:
     with pytest.raises(RecipeError, match=r"room for 47"):  # of 64
         "".join(talker.say("x" * 100))
     assert load(run_dir, "pretrain").prefix() is None
+
+
+class Counting:
+    """What the sft stage reads of `Examples`, in memory."""
+
+    manifest_hash = "counting"
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.rows = counting(0 if split == "train" else 1, [3])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return {"tokens": self.rows[i], "mask": np.ones(4, np.float32)}
+
+    def lengths(self, column: str) -> np.ndarray:
+        return np.full(len(self.rows), 4)
+
+    def source(self, i: int) -> list[str]:
+        return [f"row {i}"]
+
+
+def test_the_stage_leaves_an_adapter_and_no_model(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.sft.Examples", Counting)
+    load_tokenizer(run_dir / "pretrain" / "model").save(tmp_path / "data" / "tokenizer")
+    (tmp_path / "sft").mkdir()
+    sft = {"adapter": ADAPTER.model_dump(), "epochs": 10, "global_batch": 8, "learning_rate": 0.1, "weight_decay": 0.0}
+    unused = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
+    recipe = Recipe.model_validate({"name": "t", "data": unused, "sft": sft}).model_dump(mode="json")
+    inputs = {"data": str(tmp_path / "data"), "pretrain": str(run_dir / "pretrain")}
+    reports: list[dict[str, Any]] = []
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        worker({"stage": "sft", "task": task, "recipe": recipe, "inputs": inputs, "out": str(tmp_path / "sft")}, reports.append)
+    finally:
+        dist.destroy_process_group()
+    assert reports[-1]["results"]["val_loss"] < 0.1
+    assert {file.name for file in (tmp_path / "sft" / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (tmp_path / "sft" / "model").exists()
 
 
 def test_checkpointed_activations_change_nothing() -> None:
