@@ -1,4 +1,4 @@
-"""LoRA, QLoRA and noisy embeddings for the sft stage: few parameters learn, the model's own stay as they are.
+"""LoRA, QLoRA, P-tuning v2 and noisy embeddings for the sft stage: few parameters learn, the model's own stay as they are.
 
     model = LanguageModel(with_adapter(load_causal_lm(path), recipe.sft.adapter, seed=0))
     learner = Learner(model, recipe.sft, steps)           # trains, clips and checkpoints only what requires a gradient
@@ -6,7 +6,7 @@
 
 `peft` puts its layers into the model it is given, so the model stays a transformers model with packed attention, FSDP
 units and layer names as before. The adapter is saved as peft saves it: `PeftModel.from_pretrained(base, out / "adapter")`
-opens it.
+opens it. A prefix (P-tuning v2) is saved so and no other way (`save_prefix`): it has no weights to be merged into.
 """
 
 import copy
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from cluster.hardware import hardware
 from data.tokenizers import Tokenizer
+from rlhf.attention import Segments
 from rlhf.errors import RecipeError
 from rlhf.models import load_causal_lm, save_model
 from rlhf.recipe import Adapter
@@ -28,16 +29,20 @@ from rlhf.recipe import Adapter
 # both are imported where an adapter is, and the warning is not passed on.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+PREFIX = "prompt_encoder.default.embedding.weight"  # float32 [virtual tokens, layers x (keys, values) x width of a layer's keys]
+
 
 def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> PreTrainedModel:
     """The same model with W + alpha / rank * B A for every targeted W (arXiv:2106.09685); only A and B learn. With `qlora` all W
-    of the blocks are kept in 4 bits (arXiv:2305.14314).
+    of the blocks are kept in 4 bits (arXiv:2305.14314). With `p_tuning_v2`: see `with_prefix`.
 
     B starts at zero, so the model starts as it was; the same seed gives the same A in every process. Raises RecipeError
     when the model has no layer of the names in `targets`.
     """
     from peft import LoraConfig, get_peft_model
 
+    if adapter.method == "p_tuning_v2":
+        return with_prefix(model, adapter.virtual_tokens, seed)
     if adapter.method == "qlora":
         model = in_four_bits(model)
     config = LoraConfig(
@@ -53,6 +58,30 @@ def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> PreTrai
             get_peft_model(model, config)
         except ValueError as error:
             raise RecipeError(f"sft.adapter.targets = {adapter.targets}: {error}") from error
+    return model
+
+
+def with_prefix(model: PreTrainedModel, tokens: int, seed: int) -> PreTrainedModel:
+    """The same model, whose layers see `tokens` keys and values before those of every text: they alone learn (P-tuning v2,
+    arXiv:2110.07602; prefix tuning, arXiv:2101.00190, without the network that made the prefix there).
+
+    peft's, drawn from a normal distribution as there, the same for the same seed in every process. Where peft hands them to
+    transformers as a cache, they go to packed attention; as behind a cache, the positions of the text begin at `tokens`.
+    """
+    from peft import PrefixTuningConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        prompted = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens))
+    model.prompt_encoder = prompted.prompt_encoder  # within the model it is sharded, trained and saved with it
+    model.peft_config = prompted.peft_config
+
+    def behind_prefix(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        virtual = [(layer.keys, layer.values) for layer in prompted.get_prompt(batch_size=1).layers]
+        segments = Segments.of(kwargs["segments"].lengths, kwargs["position_ids"].device, kwargs["segments"].prefixes, virtual)
+        return args, {**kwargs, "segments": segments, "position_ids": kwargs["position_ids"] + tokens}
+
+    model.base_model.register_forward_pre_hook(behind_prefix, with_kwargs=True)
     return model
 
 
@@ -93,13 +122,20 @@ def save_merged(base: str | Path, model: PreTrainedModel, state: dict[str, torch
     save_model(merged, {name: t for name, t in merged.state_dict().items() if name not in tied}, tokenizer, out)
 
 
+def save_prefix(model: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer: Tokenizer, out: Path) -> None:
+    """Write the adapter beside `out`, and no `out`: a prefix cannot be merged into weights. The tokenizer is the base model's."""
+    save_adapter(model, state, out.parent / "adapter")
+
+
 def save_adapter(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write the LoRA weights among `state` as adapter_config.json and adapter_model.safetensors."""
+    """Write the LoRA weights or the prefix among `state` as adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(folder)
     weights = {f"base_model.model.{name.replace('.default.', '.')}": t.contiguous() for name, t in state.items() if ".lora_" in name}
+    if PREFIX in state:
+        weights = {"prompt_embeddings": state[PREFIX].contiguous()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

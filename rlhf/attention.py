@@ -7,13 +7,16 @@
 A segment may continue another one: `Segments.of([5, 3, 4], device, prefixes=[-1, 0, 0])` is a prompt of 5 tokens and two
 answers; each answer sees the prompt and itself. The prompt's layers are computed once for both.
 
+Keys and values that stand before every text, learned and no token's own (prefix tuning), come with the segments too:
+`Segments.of([5, 3], device, virtual=[(keys, values), ...])`, one pair per layer. Positions then begin at their number.
+
 The function is registered with transformers under the name `PACKED`; the keyword `segments` reaches it through every
 transformers decoder. `use_cache=False` is not optional: with a cache, transformers builds positions of its own and the
 logits are silently wrong (0.77 off in a test with two segments).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -32,7 +35,7 @@ backward on one core: prompt 150 + 2 x 60 tokens, 2.0 times: 36 ms against 57 in
 
 @dataclass(frozen=True)
 class Piece:
-    """One attention call: queries of tokens [start, end), keys of [prefix, prefix_end) and then of [start, end)."""
+    """One attention call: queries of tokens [start, end), keys of [prefix, prefix_end) and then of [start, end), all virtual ones first."""
 
     start: int
     end: int
@@ -49,26 +52,55 @@ class Segments:
     prefixes: tuple[int, ...]  # the segment that each one continues, -1 for none
     ends: torch.Tensor  # int32 [n + 1], cumulative from 0, on the compute device
     pieces: tuple[Piece, ...]  # for CPUs
-    keys: torch.Tensor | None = None  # for GPUs, with prefixes: int64 [K], the places of all segments' keys
+    keys: torch.Tensor | None = None  # for GPUs, with prefixes or virtual keys: int64 [K], the places of all segments' keys
     key_ends: torch.Tensor | None = None  # int32 [n + 1]
+    virtual: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # per layer (keys, values), each [1, H_kv, v, d]
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device, prefixes: Sequence[int] = ()) -> "Segments":
-        """`prefixes`, when given, holds for each segment the index of an earlier one that it continues, or -1."""
+    def of(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device,
+        prefixes: Sequence[int] = (),
+        virtual: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> "Segments":
+        """`prefixes`, when given, holds for each segment the index of an earlier one that it continues, or -1; `virtual` holds for
+        each layer the keys and values [1, H_kv, v, d] that every text sees before its own."""
         prefixes = tuple(prefixes) or (-1,) * len(lengths)
         ends = [0, *accumulate(lengths)]
-        of_ends = torch.tensor(ends, dtype=torch.int32, device=device)
+        before = virtual[0][0].shape[2] if virtual else 0
+        plain = cls(tuple(lengths), prefixes, torch.tensor(ends, dtype=torch.int32, device=device), (), virtual=tuple(virtual))
         if device.type != "cuda":
-            return cls(tuple(lengths), prefixes, of_ends, tuple(_pieces(lengths, prefixes, ends)))
-        if max(prefixes) < 0:
-            return cls(tuple(lengths), prefixes, of_ends, ())
-        spans = [[(ends[p], ends[p + 1])] * (p >= 0) + [(ends[i], ends[i + 1])] for i, p in enumerate(prefixes)]
-        keys = torch.cat([torch.arange(*span) for both in spans for span in both]).to(device)
-        key_ends = [0, *accumulate(sum(end - start for start, end in both) for both in spans)]
-        return cls(tuple(lengths), prefixes, of_ends, (), keys, torch.tensor(key_ends, dtype=torch.int32, device=device))
+            return replace(plain, pieces=tuple(_pieces(lengths, prefixes, ends, before)))
+        if max(prefixes) < 0 and not before:
+            return plain
+        keys, key_ends = _gathered(prefixes, ends, before)
+        return replace(plain, keys=keys.to(device), key_ends=key_ends.to(device))
+
+    @property
+    def most_keys(self) -> int:
+        """How many keys the last token of a segment sees, in the segment where that is most."""
+        before = self.virtual[0][0].shape[2] if self.virtual else 0
+        return before + max(n + (self.lengths[p] if p >= 0 else 0) for n, p in zip(self.lengths, self.prefixes, strict=True))
 
 
-def _pieces(lengths: Sequence[int], prefixes: Sequence[int], ends: list[int]) -> list[Piece]:
+def _gathered(prefixes: Sequence[int], ends: list[int], before: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of each segment's keys, int64 [K], and where they end, int32 [n + 1]; the row's keys stand behind `before` virtual ones."""
+    spans = [
+        [(0, before), *[(before + ends[p], before + ends[p + 1])] * (p >= 0), (before + ends[i], before + ends[i + 1])]
+        for i, p in enumerate(prefixes)
+    ]
+    keys = torch.cat([torch.arange(*span) for some in spans for span in some])
+    key_ends = [0, *accumulate(sum(end - start for start, end in some) for some in spans)]
+    return keys, torch.tensor(key_ends, dtype=torch.int32)
+
+
+def _causal(queries: int, keys: int) -> torch.Tensor:
+    """float32 [queries, keys]: the last query sees all keys, each one before it one less."""
+    return torch.full((queries, keys), -torch.inf).triu_(1 + keys - queries)
+
+
+def _pieces(lengths: Sequence[int], prefixes: Sequence[int], ends: list[int], before: int) -> list[Piece]:
     pieces: list[Piece] = []
     i, n = 0, len(lengths)
     while i < n:
@@ -80,18 +112,18 @@ def _pieces(lengths: Sequence[int], prefixes: Sequence[int], ends: list[int]) ->
         start, prefix_end, end = ends[i], ends[i + 1], ends[last]
         answers = lengths[i + 1 : last]
         needed = lengths[i] ** 2 / 2 + sum(a * (lengths[i] + a) for a in answers)
+        alone = _causal(lengths[i], before + lengths[i]) if before else None
         if not answers:
-            pieces.append(Piece(start, end))
+            pieces.append(Piece(start, end, mask=alone))
         elif (end - start) ** 2 <= MOST_WASTE * needed:
-            mask = torch.full((end - start, end - start), -torch.inf).triu_(1)
+            mask = _causal(end - start, before + end - start)
             for a, b in zip(ends[i + 1 : last], ends[i + 2 : last + 1], strict=True):
-                mask[a - start : b - start, prefix_end - start : a - start] = -torch.inf  # the answers before
+                mask[a - start : b - start, before + prefix_end - start : before + a - start] = -torch.inf  # the answers before
             pieces.append(Piece(start, end, mask=mask))
         else:
-            pieces.append(Piece(start, prefix_end))
+            pieces.append(Piece(start, prefix_end, mask=alone))
             for a, b in zip(ends[i + 1 : last], ends[i + 2 : last + 1], strict=True):
-                mask = torch.full((b - a, lengths[i] + b - a), -torch.inf).triu_(lengths[i] + 1)
-                pieces.append(Piece(a, b, start, prefix_end, mask))
+                pieces.append(Piece(a, b, start, prefix_end, _causal(b - a, before + lengths[i] + b - a)))
         i = last
     return pieces
 
@@ -110,53 +142,70 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment and its prefix. query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d].
+    """Causal attention within each segment, its prefix and virtual keys. query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d].
 
     Raises RecipeError for what a model may ask of attention and this does not do: it would be wrong without a sign.
 
     GPU: one varlen kernel. CPU: one SDPA call when all segments are equally long (pretraining windows), else one per
     piece: 464 ms against 611 ms for one causal call over all 1024 tokens and 1123 ms with a mask (128-token segments).
     """
-    if softcap is not None or s_aux is not None or (sliding_window is not None and max(segments.lengths) > sliding_window):
+    if softcap is not None or s_aux is not None or (sliding_window is not None and segments.most_keys > sliding_window):
         raise RecipeError(
             f"{type(module).__name__}: soft-capped logits, attention sinks and segments longer than a sliding window "
             f"({sliding_window}) are not supported by packed attention; start from another model, or shorten the sequences"
         )
+    virtual: tuple[torch.Tensor, ...] = ()
+    if segments.virtual:
+        virtual = tuple(x.to(key.dtype) for x in segments.virtual[module.layer_idx])  # type: ignore[index]
     if query.device.type == "cuda":
-        return _varlen(query, key, value, segments, scaling), None
+        return _varlen(query, key, value, segments, virtual, scaling), None
     grouped = query.shape[1] != key.shape[1]
     lengths = segments.lengths
     if len(set(lengths)) == 1 and max(segments.prefixes) < 0:
         n, length = len(lengths), lengths[0]
         q, k, v = (x[0].unflatten(1, (n, length)).transpose(0, 1) for x in (query, key, value))  # [n, H, length, d]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        if virtual:
+            k, v = (torch.cat([x.expand(n, -1, -1, -1), own], dim=2) for x, own in zip(virtual, (k, v), strict=True))
+        mask = None if segments.pieces[0].mask is None else segments.pieces[0].mask.to(q.dtype)  # all segments' is the same
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2).reshape(1, n * length, query.shape[1], query.shape[3]), None
 
+    def seen(of: torch.Tensor, piece: Piece, first: Sequence[torch.Tensor]) -> torch.Tensor:
+        parts = [*first, *[of[:, :, piece.prefix : piece.prefix_end]] * (piece.prefix_end > 0), of[:, :, piece.start : piece.end]]
+        return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
     def attend(piece: Piece) -> torch.Tensor:
-        q, k, v = (x[:, :, piece.start : piece.end] for x in (query, key, value))
-        if piece.prefix_end:
-            k, v = (torch.cat([x[:, :, piece.prefix : piece.prefix_end], own], dim=2) for x, own in ((key, k), (value, v)))
+        q = query[:, :, piece.start : piece.end]
+        k, v = seen(key, piece, virtual[:1]), seen(value, piece, virtual[1:])
         mask = None if piece.mask is None else piece.mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
 
     return torch.cat([attend(piece) for piece in segments.pieces], dim=2).transpose(1, 2), None
 
 
-def _varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None) -> torch.Tensor:
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    virtual: Sequence[torch.Tensor],
+    scaling: float | None,
+) -> torch.Tensor:
     """The same by torch's varlen (flash) kernel; bf16 or fp16 on CUDA. Has not run on a GPU yet.
 
-    A segment with a prefix has more keys than queries: its keys are gathered, and flash aligns the causal mask at the end.
+    A segment with a prefix or virtual keys has more keys than queries: its keys are gathered, and flash aligns the causal mask at
+    the end.
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    if virtual:
+        key, value = (torch.cat([x, own], dim=2) for x, own in zip(virtual, (key, value), strict=True))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
     key_ends, longest = segments.ends, max(segments.lengths)
-    most_keys = longest
     if segments.keys is not None and segments.key_ends is not None:
         k, v, key_ends = k[segments.keys], v[segments.keys], segments.key_ends
-        most_keys = max(n + (segments.lengths[p] if p >= 0 else 0) for n, p in zip(segments.lengths, segments.prefixes, strict=True))
     causal = (-1, 0)
-    out = varlen_attn(q, k, v, segments.ends, key_ends, longest, most_keys, scale=scaling, window_size=causal, enable_gqa=True)
+    out = varlen_attn(q, k, v, segments.ends, key_ends, longest, segments.most_keys, scale=scaling, window_size=causal, enable_gqa=True)
     assert isinstance(out, torch.Tensor)  # a tuple only when auxiliary outputs are asked for
     return out[None]
 

@@ -11,12 +11,13 @@ different, and the model would see words that it never said.
 import codecs
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from cluster.hardware import hardware
 from data.chat import template_parts
@@ -28,6 +29,7 @@ from rlhf.errors import RecipeError
 from rlhf.models import load_causal_lm
 from rlhf.monitoring import console, say
 
+ADAPTER = "adapter"
 SPEAKING = ("ppo", "preference", "sft", "pretrain")  # newest first
 
 
@@ -49,6 +51,7 @@ class Chat:
     temperature: float
     max_tokens: int
     generator: torch.Generator
+    prefix: Callable[[], Cache | None] = lambda: None  # what every text stands behind: the cache of an adapter's virtual tokens
     turns: list[Turn] = field(default_factory=list)
 
     def say(self, text: str) -> Iterator[str]:
@@ -59,7 +62,8 @@ class Chat:
         """
         turn = Turn(text)
         earlier = [] if self.continues else self.turns
-        room = getattr(self.model.config, "max_position_embeddings", sys.maxsize) - self.max_tokens
+        before = 0 if (prefix := self.prefix()) is None else prefix.get_seq_length()
+        room = getattr(self.model.config, "max_position_embeddings", sys.maxsize) - self.max_tokens - before
         while len(ids := self.prompt([*earlier, turn])) > room:
             if not earlier:
                 raise RecipeError(
@@ -105,7 +109,7 @@ class Chat:
     def generate(self, ids: Sequence[int]) -> Iterator[int]:
         """Sampled tokens after `ids`, at most `max_tokens`, until the model ends its turn or the text."""
         stop = {self.tokenizer.end_of_turn, self.tokenizer.end_of_text}
-        tokens, cache = torch.tensor([list(ids)], device=self.model.device), None
+        tokens, cache = torch.tensor([list(ids)], device=self.model.device), self.prefix()
         for _ in range(self.max_tokens):
             out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
@@ -163,23 +167,36 @@ def load(run_dir: Path, stage: str | None = None, temperature: float = 0.7, max_
     """A conversation with the newest model of a run, or that of `stage`; the same seed gives the same answers."""
     stage, folder = find_model(Path(run_dir), stage)
     hw = hardware()
+    adapter = folder if folder.name == ADAPTER else None
+    if adapter is not None:
+        folder = Path(run_dir) / "pretrain" / "model"
     model = load_causal_lm(folder, hw.dtype, attention=None).to(hw.device).eval()  # one text at a time, with a cache
     generator = torch.Generator()
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    return Chat(model, load_tokenizer(folder), stage == "pretrain", temperature, max_tokens, generator)
+    chat = Chat(model, load_tokenizer(folder), stage == "pretrain", temperature, max_tokens, generator)
+    if adapter is not None:
+        from peft import PeftModel
+
+        chat.prefix = partial(PeftModel.from_pretrained(model, adapter).get_prompt, batch_size=1)
+    return chat
 
 
 def find_model(run_dir: Path, stage: str | None = None) -> tuple[str, Path]:
-    """(stage, its model directory) of the newest finished stage, or of the named one.
+    """(stage, its model directory) of the newest finished stage, or of the named one; its adapter's where that was not merged.
 
     Raises RecipeError when there is none.
     """
     if stage is not None and stage not in SPEAKING:
         raise RecipeError(f"stage {stage!r} makes no model that speaks; choose one of {', '.join(reversed(SPEAKING))}")
-    finished = [s for s in SPEAKING if read_json(run_dir / s / "manifest.json") and (run_dir / s / "model" / "config.json").exists()]
+    finished = {
+        stage: file.parent
+        for stage in SPEAKING
+        for file in (run_dir / stage / ADAPTER / "adapter_config.json", run_dir / stage / "model" / "config.json")
+        if read_json(run_dir / stage / "manifest.json") and file.exists()
+    }
     if not run_dir.is_dir():
         raise RecipeError(f"there is no run at {run_dir}; `roundhouse status` lists the runs")
     if not finished:
@@ -188,8 +205,8 @@ def find_model(run_dir: Path, stage: str | None = None) -> tuple[str, Path]:
         )
     if stage is not None and stage not in finished:
         raise RecipeError(f"{run_dir} has no finished {stage} model; there is {', '.join(reversed(finished))}")
-    chosen = stage or finished[0]
-    return chosen, run_dir / chosen / "model"
+    chosen = stage or next(iter(finished))
+    return chosen, finished[chosen]
 
 
 def _stream(chat: Chat, text: str) -> None:

@@ -6,7 +6,8 @@
 
 A training token costs 6 FLOP per parameter that multiplies it (4 when it is frozen: it needs no gradient of its own) and 12 x
 layers x width per token of its segment, prefix included: Chowdhery et al. 2022, arXiv:2204.02311, appendix B, without a discount
-for causality, as the published figures count.
+for causality, as the published figures count. Learned keys and values (P-tuning v2) count as parameters: with as many key/value
+heads as heads, 6 FLOP for each of them is what attention to them costs.
 """
 
 import resource

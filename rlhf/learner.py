@@ -8,10 +8,11 @@ The same learner is driven by Ray Train's workers (pretrain, sft, reward) and by
 
 Order in which a model is prepared, and why:
 1. to the device, in fp32: master weights, so that small updates are not rounded away;
-2. each block compiled, if asked: FSDP's own work stays between the compiled parts;
-3. FSDP over blocks (GPU), then over the root: parameters, gradients and optimizer states are sharded, matmuls run in
+2. linear layers of the blocks swapped for fp8 ones, if asked: what is compiled and sharded is then theirs;
+3. each block compiled, if asked: FSDP's own work stays between the compiled parts;
+4. FSDP over blocks (GPU), then over the root: parameters, gradients and optimizer states are sharded, matmuls run in
    `hardware().dtype`, gradients are reduced in fp32. A single CPU process has nothing to shard and skips it;
-4. the optimizer last: it must see the sharded parameters.
+5. the optimizer last: it must see the sharded parameters.
 """
 
 import math
@@ -37,14 +38,16 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from cluster import checkpoints
 from cluster.hardware import hardware
 from rlhf.errors import NotFinite
+from rlhf.float8 import to_float8
 from rlhf.models import Batch
 from rlhf.optimizers import learning_rate, optimizers
-from rlhf.recipe import Optimizer, Pretrain
+from rlhf.recipe import Optimizer, Pretrain, Training
 
 # What selective checkpointing keeps: the expensive part of a block. Norms, rotary embeddings and SwiGLU are cheap to compute again.
 KEPT = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,  # fp8
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -62,6 +65,8 @@ class Learner:
         self.steps = steps
         self.peak = config.learning_rate if learning_rate is None else learning_rate
         self.world = dist.get_world_size() if dist.is_initialized() else 1
+        if isinstance(config, Training) and config.float8:
+            to_float8(model)
         checkpoint_activations(model, config.activation_checkpointing)
         if config.compile:
             for block in model.inner.base_model.layers:  # type: ignore[union-attr]

@@ -70,7 +70,7 @@ def run(
     `only` / `start` need an earlier stage that is not up to date; DataError and ClusterError as the stages find them.
     """
     chosen = choose(stages_of(recipe.align), only, start, until)
-    preflight.check(recipe)
+    preflight.check(recipe, chosen)
     run_dir = run_directory(recipe)
     with artefacts.lock(run_dir), _raising_on_sigterm():
         identities = artefacts.identities(recipe, outside_inputs(recipe))

@@ -1,6 +1,6 @@
 """Everything that can be checked before any process starts: minutes of work should not end in a message that was due at once.
 
-    check(recipe)                  # sources and directories were looked for when the recipe was loaded
+    check(recipe, stages)          # sources and directories were looked for when the recipe was loaded
 
 What needs a running cluster (are there enough CPUs and GPUs for every group?) is checked right after connecting.
 """
@@ -14,9 +14,18 @@ from rlhf.errors import RecipeError
 from rlhf.recipe import Recipe
 
 
-def check(recipe: Recipe) -> None:
-    """Raises RecipeError listing everything that would stop a later stage."""
+def check(recipe: Recipe, stages: tuple[str, ...]) -> None:
+    """Raises RecipeError listing everything that would stop one of the `stages`."""
     problems = _runs_dir_problems(recipe)
+    after = [stage for stage in stages if stage not in ("data", "pretrain", "sft")]
+    if after and recipe.sft.adapter.prefix:
+        problems.append(
+            f"sft.adapter.method = p_tuning_v2: a prefix cannot be merged into the model, so {after[0]} has none to start from; "
+            "end with --until sft, or take lora"
+        )
+    for stage in ("pretrain", "sft", "reward", "preference"):
+        if stage in stages and getattr(recipe, stage).float8 and not recipe.cluster.gpus_per_worker:
+            problems.append(f"{stage}.float8 needs GPUs: set cluster.gpus_per_worker, or {stage}.float8: false")
     if recipe.model.init is not None:
         problems += _model_problems(recipe, Path(recipe.model.init).expanduser())
     if recipe.sft.distill.teacher is not None:
@@ -59,11 +68,11 @@ def _directory_problems(key: str, model: Path) -> list[str]:
 
 
 def _length_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
-    limit = config.get("max_position_embeddings")
+    limit, prefix = config.get("max_position_embeddings"), recipe.sft.adapter.prefix
     window, longest = recipe.pretrain.longest_window
     lengths = {
         window: longest,
-        "sft.max_tokens": recipe.sft.max_tokens,
+        "sft.max_tokens" + " + sft.adapter.virtual_tokens" * (prefix > 0): recipe.sft.max_tokens + prefix,
         "reward.max_tokens": recipe.reward.max_tokens,
         "ppo.max_prompt_tokens + ppo.max_response_tokens": recipe.ppo.max_prompt_tokens + recipe.ppo.max_response_tokens,
     }

@@ -179,6 +179,11 @@ class Training(Optimizer):
         unit="tokens",
     )
     global_batch: int = key(32, "Samples per optimizer step, over all workers.", unit="samples", ge=1)
+    float8: bool = key(
+        False,
+        "Matmuls of the blocks in fp8, by torchao (pip install '.[fp8]'); GPUs of compute capability 8.9 and newer.",
+        source="arXiv:2209.05433",
+    )
     validate_every: int = key(50, "Steps between two validations.", unit="steps", ge=1)
     checkpoint_every: int = key(50, "Steps between two checkpoints.", unit="steps", ge=1)
 
@@ -229,16 +234,25 @@ class Pretrain(Training):
 
 
 class Adapter(Section):
-    method: Literal["none", "lora", "qlora"] = key(
+    method: Literal["none", "lora", "qlora", "p_tuning_v2"] = key(
         "none",
         "`lora` trains two thin matrices beside each targeted one and merges them at the end; sft/adapter keeps them for peft. "
-        "`qlora` keeps the model's own matrices in 4 bits meanwhile.",
-        source="arXiv:2106.09685; arXiv:2305.14314",
+        "`qlora` keeps the model's own matrices in 4 bits meanwhile. `p_tuning_v2` trains keys and values that every layer sees before "
+        "the text; they cannot be merged, so the run ends with sft/adapter.",
+        source="arXiv:2106.09685; arXiv:2305.14314; arXiv:2110.07602",
     )
-    rank: int = key(8, "Width of the thin matrices.", ge=1)
+    virtual_tokens: int = key(
+        16, "Keys and values of each layer that learn. With `p_tuning_v2`.", unit="tokens", ge=1, source="arXiv:2110.07602"
+    )
+    rank: int = key(8, "Width of the thin matrices. With `lora` and `qlora`, as the keys below.", ge=1)
     alpha: float = key(16.0, "The thin matrices' product is multiplied by alpha / rank.", gt=0)
     dropout: float = key(0.0, "Share of the adapter's inputs that are zeroed while training.", unit="fraction", ge=0, lt=1)
     targets: Literal["all-linear"] | list[Source] = key("all-linear", "Names of the layers that get an adapter, as [q_proj, v_proj].")
+
+    @property
+    def prefix(self) -> int:
+        """Positions that stand before every text."""
+        return self.virtual_tokens if self.method == "p_tuning_v2" else 0
 
 
 class Distill(Section):
@@ -406,14 +420,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def sizes_agree(self) -> "Recipe":
         wrong = self._unknown_sources()
-        limit = self.model.max_positions
+        limit, prefix = self.model.max_positions, self.sft.adapter.prefix
         window, longest = self.pretrain.longest_window
         if self.model.init is None:
             if not self.pretrain.total_steps:
                 wrong.append("pretrain.steps = 0 needs model.init, a model that has learned already")
             for name, length in {
                 window: longest,
-                "sft.max_tokens": self.sft.max_tokens,
+                "sft.max_tokens" + " + sft.adapter.virtual_tokens" * (prefix > 0): self.sft.max_tokens + prefix,
                 "reward.max_tokens": self.reward.max_tokens,
                 "ppo.max_prompt_tokens + ppo.max_response_tokens": self.ppo.max_prompt_tokens + self.ppo.max_response_tokens,
             }.items():

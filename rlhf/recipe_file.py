@@ -64,8 +64,8 @@ def resolved(recipe: Recipe) -> str:
     Keys that have no effect in this recipe are left out, since `load` refuses them.
     """
     values = recipe.model_dump(mode="json")
-    for section, key in _idle_keys(values):
-        values[section].pop(key, None)
+    for *section, key in _idle_keys(values):
+        _section(values, *section).pop(key, None)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -168,29 +168,29 @@ def _from_check(where: KeyPath, text: str) -> Problem:
     return Problem((*where, *named), prefix + text) if known else Problem(where, f": {text}" if where else text)
 
 
-def _idle_keys(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """(section, key) of the keys that this recipe never reads, because of another key."""
-    model, tokenizer = _section(values, "model"), _section(values, "tokenizer")
-    idle: list[tuple[str, str]] = []
+def _idle_keys(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
+    """The keys that this recipe never reads, and the other key because of which."""
+    model, tokenizer, adapter = _section(values, "model"), _section(values, "tokenizer"), _section(values, "sft", "adapter")
+    idle: dict[tuple[str, ...], str] = {}
     if model.get("init") is not None:
-        idle += [("model", k) for k in section_at(("model",)).model_fields if k != "init"]
+        idle |= {("model", k): "model.init brings a model of its own" for k in section_at(("model",)).model_fields if k != "init"}
     if tokenizer.get("encoding", "train") != "train":
-        idle += [("tokenizer", "vocab_size")]
+        idle["tokenizer", "vocab_size"] = "tokenizer.encoding names a ready vocabulary"
     if _section(values, "pretrain").get("phases") is not None:
-        idle += [("pretrain", "steps")]
+        idle["pretrain", "steps"] = "pretrain.phases have steps of their own"
+    method = adapter.get("method", "none")
+    thin = ["rank", "alpha", "dropout", "targets"]
+    unread = {"none": [*thin, "virtual_tokens"], "p_tuning_v2": thin, "lora": ["virtual_tokens"], "qlora": ["virtual_tokens"]}
+    for k in unread.get(method, []) if isinstance(method, str) else []:
+        idle["sft", "adapter", k] = f"sft.adapter.method is {method}"
     return idle
 
 
 def _keys_without_effect(values: dict[str, Any]) -> list[Problem]:
-    because = {
-        "model": "model.init brings a model of its own",
-        "tokenizer": "tokenizer.encoding names a ready vocabulary",
-        "pretrain": "pretrain.phases have steps of their own",
-    }
     return [
-        Problem((section, key), f"would have no effect: {because[section]}; remove one of the two")
-        for section, key in _idle_keys(values)
-        if key in _section(values, section)
+        Problem((*section, key), f"would have no effect: {because}; remove one of the two")
+        for (*section, key), because in _idle_keys(values).items()
+        if key in _section(values, *section)
     ]
 
 

@@ -1,6 +1,7 @@
 """Stage sft: learn to answer, from conversations; only what the assistant says is learned.
 
-All weights, or adapters beside them (`sft.adapter`); the tokens of the data, or a teacher's distribution over them (`sft.distill`).
+All weights, adapters beside them or a prefix before the text (`sft.adapter`); the tokens of the data, or a teacher's distribution
+over them (`sft.distill`).
 
 roundhouse run recipes/quickstart.yaml --only sft
 """
@@ -14,7 +15,7 @@ import torch.nn as nn
 from cluster.training import Report
 from data.examples import Examples
 from data.packing import Sample
-from rlhf.adapters import add_noise, save_merged, with_adapter
+from rlhf.adapters import add_noise, save_merged, save_prefix, with_adapter
 from rlhf.distillation import Student, distillation_loss, load_teacher
 from rlhf.distillation import figures as distillation_figures
 from rlhf.models import LanguageModel, load_causal_lm, save_model
@@ -52,7 +53,7 @@ def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
         loss=token_loss if distill.teacher is None else distillation_loss,
         figures=figures if distill.teacher is None else distillation_figures,
         steps=math.ceil(recipe.sft.epochs * len(conversations) / recipe.sft.global_batch),
-        save=save_model if adapter.method == "none" else partial(save_merged, base),
+        save={"none": save_model, "p_tuning_v2": save_prefix}.get(adapter.method, partial(save_merged, base)),
     )
 
 
