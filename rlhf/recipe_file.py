@@ -176,13 +176,19 @@ def _idle_keys(values: dict[str, Any]) -> list[tuple[str, str]]:
         idle += [("model", k) for k in section_at(("model",)).model_fields if k != "init"]
     if tokenizer.get("encoding", "train") != "train":
         idle += [("tokenizer", "vocab_size")]
+    if _section(values, "reward").get("heads", 1) == 1:
+        idle += [("ppo", "uncertainty_coef")]
     return idle
 
 
 def _keys_without_effect(values: dict[str, Any]) -> list[Problem]:
-    because = {"model": "model.init brings a model of its own", "tokenizer": "tokenizer.encoding names a ready vocabulary"}
+    because = {
+        "model": "model.init brings a model of its own; remove one of the two",
+        "tokenizer": "tokenizer.encoding names a ready vocabulary; remove one of the two",
+        "ppo": "reward.heads is 1, and one head agrees with itself; remove the key or give the reward model more heads",
+    }
     return [
-        Problem((section, key), f"would have no effect: {because[section]}; remove one of the two")
+        Problem((section, key), f"would have no effect: {because[section]}")
         for section, key in _idle_keys(values)
         if key in _section(values, section)
     ]
