@@ -411,7 +411,7 @@ class Recipe(Section):
                 wrong.append(f"{name} = {length} does not fit into micro_batch = {budget} of that stage")
         if self.ppo.uncertainty_coef and self.reward.heads > 1 and not self.reward.center_coef:
             # Rankings know differences only: a head may add any number to all of its rewards, and would be called uncertain for it.
-            wrong.append("ppo.uncertainty_coef needs reward.center_coef, without which nothing keeps the heads' rewards at one level; try 0.01")
+            wrong.append("ppo.uncertainty_coef needs reward.center_coef: nothing else keeps the heads' rewards at one level; try 0.01")
         if self.ppo.kl_horizon < self.ppo.rollout_batch:
             wrong.append(f"ppo.kl_horizon = {self.ppo.kl_horizon} is smaller than ppo.rollout_batch = {self.ppo.rollout_batch}")
         if self.ppo.global_batch > self.ppo.rollout_batch:

@@ -9,7 +9,7 @@ pairs of different scores (Ouyang et al. 2022, arXiv:2203.02155, section 3.5), s
 each starts elsewhere and sees its own resampling of the rankings. The loss is the mean over the heads, so is the reward;
 `disagreement` is the standard deviation over them, and `ppo.uncertainty_coef` takes it from the score.
 
-Held-out figures: `pair_accuracy` of the reward; `pair_accuracy_narrow` and `_wide`, of pairs that people scored closer and farther apart than
+Held-out figures: `pair_accuracy`; `pair_accuracy_narrow` and `_wide`, of pairs that people scored closer and farther apart than
 their median; and how far the model's sigmoid(difference of rewards) can be taken as a probability, by bins of it.
 """
 
@@ -148,7 +148,7 @@ def _tally(name: str, chosen: torch.Tensor, shares: torch.Tensor, agree: torch.T
 
 def figures(sums: dict[str, float]) -> dict[str, float]:
     """Sums over the held-out rankings -> what is reported. `calibration_error`: mean |accuracy - confidence| over the bins, by their
-    pairs (expected calibration error, Naeini et al. 2015). `disagreement`: of an answer's rewards by several heads, the standard deviation."""
+    pairs (expected calibration error, Naeini et al. 2015). `disagreement`: the standard deviation of an answer's reward over the heads."""
     found = {"val_loss": sums["loss"] / sums["count"], "pair_accuracy": sums["accuracy"] / sums["count"]}
     if "disagreement" in sums:
         found["disagreement"] = sums["disagreement"] / sums["count"]
