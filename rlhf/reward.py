@@ -35,7 +35,7 @@ from rlhf.training import Task, Unit, Units, train
 BINS = (50, 60, 70, 80, 90)
 """Lower ends of the bins of confidence, in percent: sigmoid(|difference of rewards|) is never below a half."""
 
-POISSON = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(12)])  # P(draws <= k); more than 12 happen once in 10 billion
+POISSON = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(12)])  # P(draws <= k); 12 and more, once in a billion, are 12
 
 
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from data.packing import Sample, pack
 from rlhf.attention import PACKED
+from rlhf.experience import Rollout, align
 from rlhf.learner import Learner
 from rlhf.losses import pairwise_ranking
 from rlhf.models import Batch, ScalarModel, hidden_states
-from rlhf.recipe import Reward
+from rlhf.recipe import Recipe, Reward
 from rlhf.reward import BINS, draws, figures, pairs, ranking_loss, units
+from rlhf.roles import RewardWorker
 from rlhf.training import idle
 
 Ranking = tuple[int, list[tuple[int, float]]]  # prompt tokens, [(answer tokens, score)] best first
@@ -161,6 +164,26 @@ def test_units_carry_the_draws_of_their_ranking() -> None:
     assert several.extras["draws"][[2, 4]].tolist() == [draws(5, "data", 1, 3).tolist()] * 2
     assert not several.extras["draws"][[0, 1, 3]].any()
     assert "draws" not in one.extras
+
+
+def test_the_reward_role_gives_every_heads_score_of_every_answer(tmp_path: Path) -> None:
+    """Sample after sample, whatever the micro-batches; the critic's rank 0 reads them so."""
+    model = scalar_model(heads=3)
+    model.inner.save_pretrained(tmp_path)
+    unused = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
+    ppo = {"micro_batch": 16, "max_prompt_tokens": 4, "max_response_tokens": 6}
+    recipe = Recipe.model_validate({"name": "t", "data": unused, "reward": {"heads": 3}, "ppo": ppo})
+    worker = RewardWorker(0, 1, 1, recipe, tmp_path)
+    worker.load()
+    prompts, answers = np.array([2, 1, 3, 4]), np.array([5, 1, 6, 2])
+    tokens = np.random.default_rng(0).integers(1, 64, (prompts + answers).sum()).astype(np.int32)
+    log_probs = np.zeros(answers.sum(), np.float32)
+    rollout = Rollout(np.arange(4), prompts, answers, tokens, np.ones(4, bool), log_probs, "v")
+    found = align([worker.scores(rollout)], np.full(4, 3)).reshape(4, 3)
+    rows = np.split(tokens.astype(np.int64), np.cumsum(prompts + answers)[:-1])
+    with torch.no_grad():
+        expected = torch.stack([model(Batch.of(pack([Sample(row, np.ones(len(row)))]), CPU), each_head=True)[-1] for row in rows])
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
 
 
 def test_shares_of_a_ranking_sum_to_one_and_an_idle_ranks_to_zero() -> None:
