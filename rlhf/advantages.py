@@ -14,6 +14,15 @@ Floats = npt.NDArray[np.float32]
 Lengths = Sequence[int] | npt.NDArray[np.int64]
 
 
+def conservative(rewards: Floats, uncertainty_coef: float) -> Floats:
+    """mean - uncertainty_coef x standard deviation over the heads: rewards [n, heads] -> scores [n].
+
+    The uncertainty-weighted score of Coste et al. 2023, arXiv:2310.02743, with the deviation for their variance, so that both terms are
+    rewards. With two heads and a weight of 1 it is their minimum, the paper's worst case.
+    """
+    return rewards.mean(1) - uncertainty_coef * rewards.std(1)
+
+
 def token_rewards(scores: Floats, log_probs: Floats, ref_log_probs: Floats, lengths: Lengths, kl_coef: float, reward_clip: float) -> Floats:
     """r_t = -kl_coef (log pi_old - log pi_ref)_t, plus the sample's clipped score at its last token.
 

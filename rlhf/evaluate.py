@@ -83,11 +83,15 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     scorer = SCORERS[recipe.evaluate.scorer]
     texts = {stage: [tokenizer.decode(ids, skip_special=True) for ids in responses(a[0])] for stage, a in answers.items()}
     independent = {stage: np.array(scorer(t)) for stage, t in texts.items()}
-    (_, sft, _), (rollout, aligned, kl) = answers["sft"], answers["aligned"]
+    rewards = {stage: of_heads.mean(1) for stage, (_, of_heads, _) in answers.items()}
+    (rollout, _, kl), sft, aligned = answers["aligned"], rewards["sft"], rewards["aligned"]
     monitor.result("prompts", len(prompts))
     monitor.result("sft_reward", float(sft.mean()))
     monitor.result("aligned_reward", float(aligned.mean()))
     monitor.result("reward_gain_sd", float((aligned.mean() - sft.mean()) / sft.std()))
+    if recipe.reward.heads > 1:
+        for stage, (_, of_heads, _) in answers.items():
+            monitor.result(f"{stage}_disagreement", float(of_heads.std(1).mean()))
     monitor.result("kl_nats", float(kl.mean()))
     monitor.result("independent_scorer", recipe.evaluate.scorer)
     for stage, values in independent.items():
@@ -102,7 +106,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             {
                 "prompt": tokenizer.decode(prompts[i]),
                 **{stage: texts[stage][i] for stage in texts},
-                **{f"{stage}_reward": float(answers[stage][1][i]) for stage in texts},
+                **{f"{stage}_reward": float(rewards[stage][i]) for stage in texts},
                 **{f"{stage}_independent": float(independent[stage][i]) for stage in texts},
             }
             for i in shown
@@ -112,7 +116,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
 
 
 def judge(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, stage: str) -> tuple[Rollout, np.ndarray, np.ndarray]:
-    """Let the engines answer with `role`'s weights: the answers, their rewards [n], their KL from the SFT model [n] in nats."""
+    """Let the engines answer with `role`'s weights: the answers, their rewards [n, heads], their KL from the SFT model [n] in nats."""
     seconds = recipe.cluster.deadline_s
     weights = graph[role].start("weights")
     wait(graph["rollout"].start("update_weights", stage, weights[f"{role}[0]"]), seconds, f"weights of {stage}")
@@ -121,7 +125,8 @@ def judge(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, sta
     scoring["reward"] = graph["reward"].start("scores", *rollouts)
     found = {name: list(wait(refs, seconds, f"{stage}: {name}").values()) for name, refs in scoring.items()}
     rollout = merge(list(wait({f"rollout[{i}]": ref for i, ref in enumerate(rollouts)}, seconds, "rollout").values()))
-    rewards = align(found["reward"], np.ones_like(rollout.index))
+    heads = recipe.reward.heads
+    rewards = align(found["reward"], np.full_like(rollout.index, heads)).reshape(-1, heads)
     ours, reference = (align(found[name], rollout.response_lengths) for name in (role, "reference"))
     ends = np.cumsum(rollout.response_lengths) - 1
     kl = np.diff(np.cumsum((ours - reference).astype(np.float64))[ends], prepend=0.0)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.packing import Sample
-from rlhf.advantages import gae, token_rewards, whiten
+from rlhf.advantages import conservative, gae, token_rewards, whiten
 from rlhf.recipe import Ppo
 
 Ints = npt.NDArray[np.int64]
@@ -99,12 +99,14 @@ def responses(rollout: Rollout) -> list[list[int]]:
 def estimate(rollout: Rollout, found: dict[str, Floats], config: Ppo, kl_coef: float) -> tuple[Experience, dict[str, float]]:
     """Advantages and returns from what the roles found, and the figures of the rollout.
 
-    found: `log_probs`, `ref_log_probs`, `values` per response token, `rewards` per sample.
+    found: `log_probs`, `ref_log_probs`, `values` per response token, `rewards` per sample: of several heads, all of each sample's in turn.
     """
     lengths = rollout.response_lengths
-    log_probs, reference, values, scores = (found[name] for name in ("log_probs", "ref_log_probs", "values", "rewards"))
+    log_probs, reference, values = (found[name] for name in ("log_probs", "ref_log_probs", "values"))
+    of_heads = found["rewards"].reshape(len(lengths), -1)
+    scores = of_heads.mean(1)
     # A reward model knows finished answers; what it says of a torso is noise that a policy learns to exploit by never ending.
-    judged = scores - config.unfinished_penalty * ~rollout.finished
+    judged = conservative(of_heads, config.uncertainty_coef) - config.unfinished_penalty * ~rollout.finished
     rewards = token_rewards(judged, log_probs, reference, lengths, kl_coef, config.reward_clip)
     advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
     errors = returns - values
@@ -119,6 +121,8 @@ def estimate(rollout: Rollout, found: dict[str, Floats], config: Ppo, kl_coef: f
         "value_explained": float(1 - errors.var() / max(returns.var(), 1e-8)),
         "log_prob_gap": float(np.abs(log_probs - rollout.log_probs).max()),
     }
+    if of_heads.shape[1] > 1:
+        facts["reward_disagreement"] = float(of_heads.std(1).mean())
     advantages = whiten(advantages) if config.whiten_advantages else advantages
     return Experience(rollout, log_probs, values, advantages, returns), facts
 

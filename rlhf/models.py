@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -101,16 +102,17 @@ class LanguageModel(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A transformers sequence or token classifier with one label: a reward or a value for every token."""
+    """A transformers sequence or token classifier whose labels all judge the same: a reward or a value for every token."""
 
     def __init__(self, classifier: PreTrainedModel) -> None:
         super().__init__()
         self.inner = classifier
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """float32 [T]. The reward of a segment is its last token's; the value of a state is its token's."""
-        hidden = hidden_states(self.inner, batch)
-        return self.inner.score(hidden)[:, 0].float()
+    def forward(self, batch: Batch, each_head: bool = False) -> torch.Tensor:
+        """float32 [T], the mean over the heads; [T, heads] with `each_head`. The reward of a segment is its last token's; the value of a
+        state is its token's."""
+        of_heads = self.inner.score(hidden_states(self.inner, batch)).float()
+        return of_heads if each_head else of_heads.mean(1)
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -184,20 +186,37 @@ def extend_vocabulary(model: PreTrainedModel, old: Tokenizer, new: Tokenizer) ->
             table[token] = table[spelled].mean(0)
 
 
-def load_reward_model(path: str | Path, seed: int = 0) -> PreTrainedModel:
-    """Open a model directory as a reward model (`*ForSequenceClassification`); a missing head starts at zero."""
-    return _with_scalar_head(AutoModelForSequenceClassification, path)
+def load_reward_model(path: str | Path, heads: int = 1, seed: int = 0) -> PreTrainedModel:
+    """Open a model directory as a reward model (`*ForSequenceClassification`). One that is none gets `heads` new heads: a single one
+    starts at zero, several where `seed` puts them, each elsewhere."""
+    return _with_heads(AutoModelForSequenceClassification, path, _heads_of(path) or heads, seed)
 
 
+@torch.no_grad()
 def load_critic(path: str | Path) -> PreTrainedModel:
-    """Open a model directory as a critic (`*ForTokenClassification`); a reward model's head is taken over."""
-    return _with_scalar_head(AutoModelForTokenClassification, path)
+    """Open a model directory as a critic (`*ForTokenClassification`). A reward model's head is taken over; of several heads the mean,
+    and since they are linear that is one head, whose row is the mean of theirs."""
+    model = _with_heads(AutoModelForTokenClassification, path, _heads_of(path) or 1, seed=0)
+    if model.num_labels > 1:
+        several = model.score
+        model.score = nn.Linear(several.in_features, 1, bias=several.bias is not None)
+        for name, rows in several.named_parameters():
+            getattr(model.score, name).copy_(rows.mean(0, keepdim=True))
+        model.config.num_labels = model.num_labels = 1
+    return model
 
 
-def _with_scalar_head(factory: Any, path: str | Path) -> PreTrainedModel:
+def _heads_of(path: str | Path) -> int:
+    """How many heads the reward model in this directory has; 0 when it is none."""
+    config = AutoConfig.from_pretrained(path)
+    return config.num_labels if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()) else 0
+
+
+@torch.no_grad()
+def _with_heads(factory: Any, path: str | Path, heads: int, seed: int) -> PreTrainedModel:
     model, info = factory.from_pretrained(
         path,
-        num_labels=1,
+        num_labels=heads,
         dtype=torch.float32,
         attn_implementation=PACKED,
         use_safetensors=True,
@@ -206,8 +225,11 @@ def _with_scalar_head(factory: Any, path: str | Path) -> PreTrainedModel:
     head = model.score
     missing = set(info["missing_keys"])
     if "score.weight" in missing:
-        # From zero all answers start equal and no seed decides which one leads.
+        # From zero all answers start equal and no seed decides which one leads. Several heads differ by chance, as in Stiennon et al. 2020,
+        # arXiv:2009.01325: what the rankings do not say stays different, and is how they tell that an answer is unlike the rankings'.
         nn.init.zeros_(head.weight)
+        if heads > 1:
+            head.weight.normal_(0, (head.in_features + 1) ** -0.5, generator=torch.Generator().manual_seed(seed))
     if "score.bias" in missing or ("score.weight" in missing and head.bias is not None):
         nn.init.zeros_(head.bias)
     others = {name for name in missing if not name.startswith("score.")}

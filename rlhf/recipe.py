@@ -278,6 +278,13 @@ class Sft(Training):
 
 
 class Reward(Training):
+    heads: int = key(
+        1,
+        "Heads on the one trunk, an ensemble: each starts elsewhere and sees its own resampling of the rankings. The reward is their mean.",
+        unit="heads",
+        ge=1,
+        source="arXiv:1602.04621; arXiv:2310.02743",
+    )
     epochs: float = key(1, "Passes over the rankings.", unit="epochs", gt=0)
     global_batch: int = key(32, "Rankings per optimizer step, over all workers; a pair is a ranking of two.", unit="rankings", ge=1)
     max_tokens: int = key(256, "Longer prompt + answer are dropped, and counted.", unit="tokens", ge=8)
@@ -367,6 +374,12 @@ class Ppo(Optimizer):
     lam: float = key(0.95, "Lambda of generalised advantage estimation.", ge=0, le=1, source="arXiv:1506.02438")
     clip_range: float = key(0.2, "Policy ratios are clipped to 1 +- this.", gt=0, source="arXiv:1707.06347")
     value_clip_range: float = key(0.5, "New values are clipped to the old ones +- this.", gt=0, source="arXiv:1707.06347")
+    uncertainty_coef: float = key(
+        0.0,
+        "Weight of the standard deviation over the reward model's heads, taken from every score. With `reward.heads`.",
+        ge=0,
+        source="arXiv:2310.02743, with the variance there",
+    )
     reward_clip: float = key(10.0, "Scores are clipped to +- this.", gt=0)
     unfinished_penalty: float = key(
         0.0,
@@ -452,6 +465,9 @@ class Recipe(Section):
         ):
             if isinstance(budget, int) and length > budget:
                 wrong.append(f"{name} = {length} does not fit into micro_batch = {budget} of that stage")
+        if self.ppo.uncertainty_coef and self.reward.heads > 1 and not self.reward.center_coef:
+            # Rankings know differences only: a head may add any number to all of its rewards, and would be called uncertain for it.
+            wrong.append("ppo.uncertainty_coef needs reward.center_coef: nothing else keeps the heads' rewards at one level; try 0.01")
         if self.ppo.kl_horizon < self.ppo.rollout_batch:
             wrong.append(f"ppo.kl_horizon = {self.ppo.kl_horizon} is smaller than ppo.rollout_batch = {self.ppo.rollout_batch}")
         if self.ppo.global_batch > self.ppo.rollout_batch:

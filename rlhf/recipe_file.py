@@ -183,6 +183,8 @@ def _idle_keys(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
     unread = {"none": [*thin, "virtual_tokens"], "p_tuning_v2": thin, "lora": ["virtual_tokens"], "qlora": ["virtual_tokens"]}
     for k in unread.get(method, []) if isinstance(method, str) else []:
         idle["sft", "adapter", k] = f"sft.adapter.method is {method}"
+    if _section(values, "reward").get("heads", 1) == 1:
+        idle["ppo", "uncertainty_coef"] = "reward.heads is 1, and one head agrees with itself"
     return idle
 
 

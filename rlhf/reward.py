@@ -5,10 +5,15 @@
 A ranking of K answers is one sample, their prompt computed once, one forward per answer; its loss is the mean over all its
 pairs of different scores (Ouyang et al. 2022, arXiv:2203.02155, section 3.5), so a ranking counts 1 whatever its K.
 
+`reward.heads` makes an ensemble of heads on one trunk (Osband et al. 2016, arXiv:1602.04621; Coste et al. 2023, arXiv:2310.02743):
+each starts elsewhere and sees its own resampling of the rankings. The loss is the mean over the heads, so is the reward;
+`disagreement` is the standard deviation over them, and `ppo.uncertainty_coef` takes it from the score.
+
 Held-out figures: `pair_accuracy`; `pair_accuracy_narrow` and `_wide`, of pairs that people scored closer and farther apart than
 their median; and how far the model's sigmoid(difference of rewards) can be taken as a probability, by bins of it.
 """
 
+import hashlib
 import math
 from functools import partial
 from itertools import combinations
@@ -30,6 +35,8 @@ from rlhf.training import Task, Unit, Units, train
 BINS = (50, 60, 70, 80, 90)
 """Lower ends of the bins of confidence, in percent: sigmoid(|difference of rewards|) is never below a half."""
 
+POISSON = np.cumsum([math.exp(-1) / math.factorial(k) for k in range(12)])  # P(draws <= k); 12 and more, once in a billion, are 12
+
 
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
     train("reward", task, recipe, inputs, out, monitor)
@@ -37,9 +44,10 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
 
 def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
     rankings, held_out = (Examples(inputs["data"] / "preferences", split) for split in ("train", "validation"))
+    heads = recipe.reward.heads
     return Task(
-        model=lambda: ScalarModel(load_reward_model(inputs["sft"] / "model")),
-        train=units(rankings),
+        model=lambda: ScalarModel(load_reward_model(inputs["sft"] / "model", heads, recipe.seed)),
+        train=units(rankings, heads, recipe.seed),
         validation=units(held_out),
         loss=partial(ranking_loss, config=recipe.reward, wide=median_gap(held_out)),
         figures=figures,
@@ -47,9 +55,9 @@ def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
     )
 
 
-def units(rankings: Examples) -> Units:
+def units(rankings: Examples, heads: int = 1, seed: int = 0) -> Units:
     """A ranking is one sample: the prompt, and the answers that continue it, best first. Each answer's last token counts 1/K,
-    so that weights count rankings."""
+    so that weights count rankings. With several heads it says there how often each of them has the ranking, `draws` [t, heads]."""
 
     def ranking(i: int) -> Unit:
         row = rankings[i]
@@ -58,9 +66,22 @@ def units(rankings: Examples) -> Units:
         last = np.cumsum(lengths)[1:] - 1
         weights, scores = np.zeros((2, sum(lengths)), np.float32)
         weights[last], scores[last] = 1 / len(last), row["scores"]
-        return [Sample(np.concatenate(parts), weights, {"scores": scores}, lengths, prefix=True)]
+        extras = {"scores": scores}
+        if heads > 1:
+            extras["draws"] = np.zeros((len(scores), heads), np.float32)
+            extras["draws"][last] = draws(seed, rankings.manifest_hash, i, heads)
+        return [Sample(np.concatenate(parts), weights, extras, lengths, prefix=True)]
 
     return Units((rankings.lengths("prompt") + rankings.lengths("answers")).tolist(), ranking, rankings.manifest_hash, rankings.source)
+
+
+def draws(seed: int, manifest_hash: str, ranking: int, heads: int) -> np.ndarray:
+    """How often each head's resampling of the data holds this ranking, float32 [heads]: Poisson(1), which is how often a bootstrap of many
+    samples draws each of them. Arithmetic, as the sample order is: nothing to save, the same for any worker and in every epoch."""
+    message = f"{seed}/{manifest_hash}/{ranking}/"
+    hashes = [hashlib.blake2b(f"{message}{head}".encode(), digest_size=8).digest() for head in range(heads)]
+    uniform = np.frombuffer(b"".join(hashes), dtype="<u8") / 2.0**64
+    return np.searchsorted(POISSON, uniform, side="right").astype(np.float32)
 
 
 def median_gap(rankings: Examples) -> float:
@@ -70,18 +91,24 @@ def median_gap(rankings: Examples) -> float:
 
 
 def ranking_loss(model: nn.Module, batch: Batch, config: Reward, wide: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The mean over each ranking's pairs, summed over rankings; further sums for `figures` when the model is evaluated."""
+    """The mean over each ranking's pairs and over the heads, each ranking as often as a head has drawn it, summed over rankings; further
+    sums for `figures` when the model is evaluated."""
     better, worse, gaps, shares = pairs(batch)
-    rewards = model(batch)[batch.last]
-    won, lost = rewards[better], rewards[worse]
-    losses = pairwise_ranking(won, lost, config.margin_coef * gaps) + config.center_coef * (won + lost).square()
-    difference = (won - lost).detach()
+    rewards = model(batch, each_head=True)[batch.last]
+    won, lost = rewards[better], rewards[worse]  # [P, heads]
+    losses = pairwise_ranking(won, lost, config.margin_coef * gaps[:, None]) + config.center_coef * (won + lost).square()
+    if "draws" in batch.extras:
+        losses = losses * batch.extras["draws"][batch.last][better]
+    losses = losses.mean(1)
+    difference = (won.mean(1) - lost.mean(1)).detach()
     agree = (difference > 0).float()
     sums = {"accuracy": (shares * agree).sum(), "margin": (shares * difference).sum()}
     if not model.training:
         sums |= (
             _by_confidence(difference, agree, shares) | _tally("wide", gaps > wide, shares, agree) | _tally("all", gaps > 0, shares, agree)
         )
+        if config.heads > 1:
+            sums["disagreement"] = (shares * (won.std(1, correction=0) + lost.std(1, correction=0)) / 2).sum().detach()
     return (shares * losses).sum(), sums
 
 
@@ -121,8 +148,10 @@ def _tally(name: str, chosen: torch.Tensor, shares: torch.Tensor, agree: torch.T
 
 def figures(sums: dict[str, float]) -> dict[str, float]:
     """Sums over the held-out rankings -> what is reported. `calibration_error`: mean |accuracy - confidence| over the bins, by their
-    pairs (expected calibration error, Naeini et al. 2015)."""
+    pairs (expected calibration error, Naeini et al. 2015). `disagreement`: the standard deviation of an answer's reward over the heads."""
     found = {"val_loss": sums["loss"] / sums["count"], "pair_accuracy": sums["accuracy"] / sums["count"]}
+    if "disagreement" in sums:
+        found["disagreement"] = sums["disagreement"] / sums["count"]
     wide, narrow = sums["pairs_wide"], sums["pairs_all"] - sums["pairs_wide"]
     if wide and narrow:
         found["pair_accuracy_wide"] = sums["agree_wide"] / wide

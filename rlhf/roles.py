@@ -88,13 +88,14 @@ class ReferenceWorker(Role):
 
 
 class RewardWorker(Role):
-    """The reward model: one score per response, read at its last token."""
+    """The reward model: each head's score of every response, read at its last token."""
 
     def load(self) -> None:
         self.model = shard(ScalarModel(load_reward_model(self.path)).to(self.device), self.world).eval()
 
     def scores(self, *rollouts: Rollout) -> Scores:
-        return self.score(rollouts, lambda batch: self.model(batch)[batch.last], _one_each)
+        heads = self.recipe.reward.heads
+        return self.score(rollouts, lambda batch: self.model(batch, each_head=True)[batch.last].flatten(), lambda of: heads * _one_each(of))
 
 
 class LearningRole(Role):
@@ -179,8 +180,8 @@ class CriticWorker(LearningRole):
         parts: `log_probs`, `ref_log_probs`, `rewards`, `values`, one share per rank of the role.
         """
         rollout = merge(ray.get(rollouts))
-        one_each, lengths = np.ones_like(rollout.index), rollout.response_lengths
-        found = {name: align(ray.get(shares), one_each if name == "rewards" else lengths) for name, shares in parts.items()}
+        of_heads, lengths = self.recipe.reward.heads * _one_each(rollout), rollout.response_lengths
+        found = {name: align(ray.get(shares), of_heads if name == "rewards" else lengths) for name, shares in parts.items()}
         return estimate(rollout, found, self.config, kl_coef)
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rlhf.advantages import gae, next_kl_coef, token_rewards, whiten
+from rlhf.advantages import conservative, gae, next_kl_coef, token_rewards, whiten
 from rlhf.recipe import Ppo
 
 few = settings(max_examples=80, deadline=None)
@@ -26,6 +26,20 @@ def with_tokens(count: int) -> st.SearchStrategy[tuple[list[int], list[np.ndarra
 def split(flat: np.ndarray, lengths: list[int]) -> list[np.ndarray]:
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     return [flat[s : s + n] for s, n in zip(starts, lengths, strict=True)]
+
+
+@few
+@given(arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=numbers), st.sampled_from([0.0, 0.5, 2.0]))
+def test_conservative_scores(rewards: np.ndarray, coef: float) -> None:
+    expected = []
+    for of_one in rewards.tolist():
+        mean = sum(of_one) / len(of_one)
+        expected.append(mean - coef * (sum((r - mean) ** 2 for r in of_one) / len(of_one)) ** 0.5)
+    found = conservative(rewards, coef)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    if rewards.shape[1] == 1:
+        assert np.array_equal(found, rewards[:, 0])  # to the bit, whatever the weight
+    np.testing.assert_allclose(conservative(rewards[:, :2], 1.0), rewards[:, :2].min(1), atol=1e-5)
 
 
 @few

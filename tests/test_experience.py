@@ -119,9 +119,15 @@ def test_estimate_by_hand() -> None:
     found["rewards"] = np.float32([2.0, 3.0])
     strict, _ = estimate(rollout, found, config.model_copy(update={"unfinished_penalty": 1.5}), kl_coef=0.1)
     assert strict.returns == pytest.approx([2.0 - 0.05, 2.0, 3.0 - 1.5 + 0.1], abs=1e-6)  # the second one was cut off
+    found["rewards"] = np.float32([1.0, 3.0, 4.0, 2.0])  # two heads: the first answer's two rewards, then the second's
+    careful, uncertain = estimate(rollout, found, config.model_copy(update={"uncertainty_coef": 0.5}), kl_coef=0.1)
+    assert careful.returns == pytest.approx([2.0 - 0.5 - 0.05, 1.5, 3.0 - 0.5 + 0.1], abs=1e-6)
+    assert (uncertain["reward"], uncertain["reward_disagreement"]) == (2.5, 1.0)
+    assert "reward_disagreement" not in facts
     assert facts["kl"] == pytest.approx((0.5 + 0.0 - 1.0) / 2)
     assert facts["response_tokens"] == pytest.approx(1.5)
     assert facts["log_prob_gap"] == pytest.approx(1e-3, rel=1e-3)
+    found["rewards"] = np.float32([2.0, 3.0])
     white, _ = estimate(rollout, found, Ppo(lam=1.0, reward_clip=10.0), kl_coef=0.1)
     assert white.advantages.mean() == pytest.approx(0.0, abs=1e-6)
     assert white.advantages.std() == pytest.approx(1.0, abs=1e-4)

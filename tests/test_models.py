@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny import batch_of, causal_lm, plain_twin, recipe_model, sequences
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from data.tokenizers import Tokenizer, from_model, train
 from rlhf import fused_loss, models
@@ -208,6 +208,27 @@ def test_critic_takes_over_the_reward_models_head(directory: Path, tokenizer: To
         assert torch.equal(critic.score.weight, reward.score.weight)
         torch.testing.assert_close(ScalarModel(again)(batch), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ScalarModel(critic)(batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_ensembles_heads_differ_by_seed_and_a_critic_is_their_mean(directory: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    reward = load_reward_model(directory, heads=3, seed=1)
+    heads = reward.score.weight
+    assert torch.equal(heads, load_reward_model(directory, heads=3, seed=1).score.weight)  # on every rank
+    assert not torch.equal(heads, load_reward_model(directory, heads=3, seed=2).score.weight)
+    assert torch.linalg.matrix_rank(heads) == 3
+    save_model(reward, reward.state_dict(), tokenizer, tmp_path / "reward")
+    batch = batch_of(sequences([4, 7], vocab_size=VOCAB))
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    again, critic = load_reward_model(tmp_path / "reward"), load_critic(tmp_path / "reward")
+    assert (theirs.config.num_labels, again.num_labels, critic.num_labels, tuple(critic.score.weight.shape)) == (3, 3, 1, (1, 32))
+    with torch.no_grad():
+        each = ScalarModel(again)(batch, each_head=True)
+        assert each.shape == (11, 3)
+        assert each.std(1).min() > 1e-3
+        torch.testing.assert_close(each, ScalarModel(reward)(batch, each_head=True))
+        torch.testing.assert_close(ScalarModel(again)(batch), each.mean(1))
+        torch.testing.assert_close(ScalarModel(critic)(batch), each.mean(1), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(theirs(batch.tokens[None, :4]).logits[0], each[3], atol=1e-5, rtol=1e-5)
 
 
 def test_missing_weights_are_named(directory: Path) -> None:

@@ -146,6 +146,14 @@ def test_key_without_effect(recipe_path: Path) -> None:
     assert "vocab_size" not in recipe_file.resolved(recipe)
 
 
+def test_a_single_head_is_never_uncertain(recipe_path: Path) -> None:
+    assert "ppo.uncertainty_coef would have no effect: reward.heads is 1" in complaint(recipe_path, "ppo.uncertainty_coef=1")
+    assert "ppo.uncertainty_coef needs reward.center_coef" in complaint(recipe_path, "ppo.uncertainty_coef=1", "reward.heads=4")
+    recipe = recipe_file.load(recipe_path, ["ppo.uncertainty_coef=0.5", "reward.heads=4", "reward.center_coef=0.01"])
+    assert recipe.ppo.uncertainty_coef == 0.5
+    assert "uncertainty_coef" not in recipe_file.resolved(recipe_file.load(recipe_path))
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
