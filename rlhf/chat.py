@@ -28,7 +28,7 @@ from rlhf.errors import RecipeError
 from rlhf.models import load_causal_lm
 from rlhf.monitoring import console, say
 
-SPEAKING = ("ppo", "preference", "sft", "pretrain")  # newest first
+SPEAKING = ("ppo", "preference", "distill", "sft", "pretrain")  # newest first
 
 
 @dataclass
