@@ -443,7 +443,7 @@ class Recipe(Section):
         if self.ppo.global_batch > self.ppo.rollout_batch:
             wrong.append(f"ppo.global_batch = {self.ppo.global_batch} is larger than ppo.rollout_batch = {self.ppo.rollout_batch}")
         if self.align == "distill" and self.distill.teacher is None:
-            wrong.append("distill.teacher is missing: align = distill needs a model to learn from")
+            wrong.append("align = distill needs distill.teacher, the model to learn from")
         if self.distill.global_batch > self.distill.rollout_batch:
             batch = f"distill.global_batch = {self.distill.global_batch}"
             wrong.append(f"{batch} is larger than distill.rollout_batch = {self.distill.rollout_batch}")

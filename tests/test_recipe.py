@@ -31,7 +31,7 @@ def complaint(path: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid_and_written_out_whole(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for stage in ("pretrain", "sft"):  # some start from what the quickstart made
+    for stage in ("pretrain", "sft", "ppo"):  # some start from what the quickstart made
         (tmp_path / "runs" / "quickstart" / stage / "model").mkdir(parents=True)
     recipe = recipe_file.load(path)
     copy = tmp_path / "resolved.yaml"
@@ -95,6 +95,20 @@ def test_sections_that_disagree(recipe_path: Path) -> None:
     assert "override pretrain.sequence_length=600: pretrain.sequence_length = 600 is longer than model.max_positions = 512" in message
     assert "override ppo.global_batch=128: ppo.global_batch = 128 is larger than ppo.rollout_batch = 64" in message
     assert "override cluster.ports=[5, 6]: cluster.ports must be" in complaint(recipe_path, "cluster.ports=[5, 6]")
+
+
+def test_distillation_on_ones_own_answers_says_what_it_needs(recipe_path: Path, tmp_path: Path) -> None:
+    message = complaint(recipe_path, "align=distill")
+    assert message == f"{recipe_path} override align=distill: align = distill needs distill.teacher, the model to learn from"
+    wrong = ("distill.global_batch=65", "distill.micro_batch=64", "distill.on_policy_fraction=0", f"distill.teacher={tmp_path}/nowhere")
+    message = complaint(recipe_path, "align=distill", *wrong[2:])
+    assert "distill.on_policy_fraction should be greater than 0, got 0" in message
+    assert f"distill.teacher is no directory: {tmp_path}/nowhere" in message
+    message = complaint(recipe_path, "align=distill", f"distill.teacher={tmp_path}", *wrong[:2])
+    assert "distill.global_batch = 65 is larger than distill.rollout_batch = 64" in message
+    assert "ppo.max_prompt_tokens + ppo.max_response_tokens = 96 does not fit into distill.micro_batch = 64" in message
+    assert "sft.max_tokens = 256 does not fit into distill.micro_batch = 64" in message
+    assert recipe_file.load(recipe_path, list(wrong[1:2])).distill.micro_batch == 64  # no matter without align = distill
 
 
 def test_key_without_effect(recipe_path: Path) -> None:
