@@ -123,7 +123,7 @@ def test_distill_depends_on_its_teachers_files_and_on_how_answers_are_sampled(go
         (teacher / name).write_text("{}")
     go()
     asked = ("align=distill", f"distill.teacher={teacher}")
-    with pytest.raises(RecipeError, match="align = distill needs distill.teacher"):
+    with pytest.raises(RecipeError, match=r"align = distill needs distill\.teacher"):
         go("align=distill")
     assert go(*asked)[0] == ["distill", "evaluate"]
     assert go(*asked, "ppo.kl_coef=0.2", "ppo.groups.policy.cpus=0.5", "distill.checkpoint_every=3")[0] == []

@@ -20,7 +20,7 @@ from rlhf import distill
 from rlhf.distill import StudentWorker, on_policy_loss, without_engine
 from rlhf.distillation import Student, divergence
 from rlhf.errors import RecipeError
-from rlhf.experience import Rollout, samples
+from rlhf.experience import Rollout, align, samples
 from rlhf.models import Batch, save_model
 from rlhf.monitoring import Monitor, read_metrics
 from rlhf.recipe import OnPolicyDistill, Recipe
@@ -125,22 +125,18 @@ def test_a_worker_tells_divergence_and_gap_of_the_weights_that_wrote(made: Path,
     plain, knows = plain_twin(worker.learner.model.inner), plain_twin(worker.learner.model.teacher[0])
     rollout = ragged()
     with torch.no_grad():
-        told = [
-            (plain(input_ids=row[None]).logits[0, :-1] / 0.7).log_softmax(-1).gather(1, row[1:, None])[:, 0] for row in rows_of(rollout)
-        ]
+        logits = [plain(input_ids=row[None]).logits[0, :-1] / 0.7 for row in rows_of(rollout)]
+        told = [of.log_softmax(-1).gather(1, row[1:, None])[:, 0] for of, row in zip(logits, rows_of(rollout), strict=True)]
         apart = torch.cat(by_rows(plain, knows, rollout, asked.distill))
     rollout.log_probs[:] = torch.cat([found[prompt - 1 :] for found, prompt in zip(told, PROMPTS, strict=True)]).numpy()
-    index, values = worker.log_probs(rollout)
-    np.testing.assert_allclose(
-        values, np.concatenate([np.split(rollout.log_probs, np.cumsum(RESPONSES)[:-1])[i] for i in index]), atol=1e-4
-    )
+    np.testing.assert_allclose(align([worker.log_probs(rollout)], rollout.response_lengths), rollout.log_probs, atol=1e-4)
     first = worker.distill(0, [], rollout)
     assert first["log_prob_gap"] < 1e-4
     assert first["response_tokens"] == np.mean(RESPONSES)
     assert first["unfinished"] == 0.25
     assert 0.9 * apart.mean().item() < first["divergence"] < apart.mean().item()  # mean of before and after one optimizer step
     assert first["loss"] == pytest.approx(first["divergence"], rel=1e-5)
-    off = Rollout(**{**vars(rollout), "log_probs": worker.log_probs(rollout)[1]})
+    off = Rollout(**{**vars(rollout), "log_probs": align([worker.log_probs(rollout)], rollout.response_lengths)})
     off.log_probs[7] += 0.25
     conversations = [Sample(np.arange(5, 15), np.ones(10, bool))]
     second = worker.distill(1, conversations, off)
