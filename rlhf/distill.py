@@ -127,7 +127,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     }
 
     def chosen(of: Examples, step: int, count: int) -> list[int]:
-        return batch_indices(recipe.seed, step, count, len(of), of.manifest_hash).tolist() if count else []
+        return batch_indices(recipe.seed, step, count, len(of), of.manifest_hash).tolist()
 
     with open_graph(recipe, roles) as graph:
         wait(graph["policy"].start("load", updates, folder) | graph["rollout"].start("ready"), seconds, "load the models")

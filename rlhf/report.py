@@ -169,6 +169,12 @@ def headlines(summary: Summary) -> list[Headline]:
         "evaluate/kl_nats", "Distance moved", "{:.2f}", "nats per response",
         "KL divergence of the aligned model from the SFT model. Small: still the same language. Far above 10: it has found a trick.",
     )  # fmt: skip
+    first = summary.get("distill/divergence_first")
+    change = f" It began at {first:.3f}." if isinstance(first, (int, float)) else ""
+    add(
+        "distill/divergence_last", "Distance from the teacher", "{:.3f}", "nats per token",
+        f"Divergence between the student's and the teacher's distributions, over answers that the student wrote.{change}",
+    )  # fmt: skip
     gap = summary.get("ppo/log_prob_gap_max", summary.get("distill/log_prob_gap_max"))
     if isinstance(gap, (int, float)):
         found.append(
