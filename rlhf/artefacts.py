@@ -32,8 +32,8 @@ from data.files import sha256_of, write_json
 from rlhf.errors import RecipeError
 from rlhf.recipe import Recipe
 
-STAGES = ("data", "pretrain", "sft", "reward", "ppo", "preference", "evaluate")
-ALIGNING = ("ppo", "preference")  # a recipe has one of them: `align` names it
+STAGES = ("data", "pretrain", "sft", "reward", "ppo", "preference", "distill", "evaluate")
+ALIGNING = ("ppo", "preference", "distill")  # a recipe has one of them: `align` names it
 
 PARENTS: dict[str, tuple[str, ...]] = {
     "data": (),
@@ -42,8 +42,11 @@ PARENTS: dict[str, tuple[str, ...]] = {
     "reward": ("data", "sft"),
     "ppo": ("data", "sft", "reward"),
     "preference": ("data", "sft"),
+    "distill": ("data", "sft"),
     "evaluate": ("data", "pretrain", "sft", "reward", *ALIGNING),
 }
+
+SAMPLING = ("ppo.max_response_tokens", "ppo.temperature")  # of answers, whoever writes them; prompts are cut in the data stage
 
 # What of the recipe changes a stage's result, beyond what its parents' hashes already cover. A section stands for all its keys.
 MATTERS: dict[str, tuple[str, ...]] = {
@@ -53,11 +56,12 @@ MATTERS: dict[str, tuple[str, ...]] = {
     "reward": ("seed", "reward"),
     "ppo": ("seed", "ppo"),
     "preference": ("seed", "preference"),
-    "evaluate": ("seed", "evaluate"),
+    "distill": ("seed", "distill", *SAMPLING),
+    "evaluate": ("seed", "evaluate", *SAMPLING),
 }
 
 # Keys inside those sections that change where, how safely or how often, but not what comes out.
-# `model.init`, `sft.distill.teacher` and `tokenizer.extend` count by the content of their files (see `inputs`), not by their names.
+# `model.init`, the teachers and `tokenizer.extend` count by the content of their files (see `inputs`), not by their names.
 NO_MATTER = {
     "data.cache_dir",
     "model.init",
@@ -67,6 +71,8 @@ NO_MATTER = {
     "sft.distill.teacher",
     "reward.checkpoint_every",
     "preference.checkpoint_every",
+    "distill.checkpoint_every",
+    "distill.teacher",
     "ppo.checkpoint_every",
     "ppo.groups",
     "ppo.log_prob_gap_limit",

@@ -50,6 +50,12 @@ class Chart:
 
 _COMPRESSORS = (Level("gzip −9", "evaluate/gzip_bits_per_byte"), Level("xz −9", "evaluate/xz_bits_per_byte"))
 
+
+def _engine_against_policy(stage: str) -> Chart:
+    curves = (Curve(f"{stage}/log_prob_gap", "rollouts", False), Curve("sync/log_prob_gap", "after each sync"))
+    return Chart("Engine against policy", "largest difference, nats", curves, log=True)
+
+
 CHARTS: dict[str, tuple[Chart, ...]] = {
     "pretrain": (
         Chart("Loss", "nats per token", (Curve("pretrain/loss", "training", False), Curve("pretrain/val_loss", "held out"))),
@@ -79,15 +85,15 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             (Curve("preference/better_log_ratio", "better"), Curve("preference/worse_log_ratio", "worse", False)),
         ),
     ),
+    "distill": (
+        Chart("Distance from the teacher", "nats per token of its own answers", (Curve("distill/divergence"),)),
+        _engine_against_policy("distill"),
+        Chart("Length of the responses", "tokens", (Curve("distill/response_tokens"),)),
+    ),
     "ppo": (
         Chart("Reward of the rollouts", "reward, mean and spread", (Curve("ppo/reward", band="ppo/reward_sd"),)),
         Chart("Distance from the SFT model", "KL, nats per response", (Curve("ppo/kl"),)),
-        Chart(
-            "Engine against policy",
-            "largest difference, nats",
-            (Curve("ppo/log_prob_gap", "rollouts", False), Curve("sync/log_prob_gap", "after each sync")),
-            log=True,
-        ),
+        _engine_against_policy("ppo"),
         Chart("Length of the responses", "tokens", (Curve("ppo/response_tokens"),)),
     ),
 }

@@ -30,7 +30,7 @@ from rlhf.models import load_causal_lm
 from rlhf.monitoring import console, say
 
 ADAPTER = "adapter"
-SPEAKING = ("ppo", "preference", "sft", "pretrain")  # newest first
+SPEAKING = ("ppo", "preference", "distill", "sft", "pretrain")  # newest first
 
 
 @dataclass

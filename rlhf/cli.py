@@ -59,7 +59,7 @@ Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Sto
 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, only: Only = None, start: From = None, until: Until = None) -> None:
-    """Carry out a recipe: [b]data, pretrain, sft, reward, ppo (or preference), evaluate[/]. What is finished is skipped."""
+    """Carry out a recipe: [b]data, pretrain, sft, reward, ppo (or preference, or distill), evaluate[/]. What is finished is skipped."""
     loaded = recipe_file.load(recipe, overrides)
     from rlhf import pipeline
 

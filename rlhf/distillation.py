@@ -1,6 +1,6 @@
-"""Distillation in the sft stage: the student learns the teacher's whole distribution on the data's tokens (off-policy).
+"""Distillation: the student learns the teacher's whole distribution, on the data's tokens (stage sft) or its own (stage distill).
 
-    student = Student(load_causal_lm(path), load_teacher(teacher, vocabulary), recipe.sft.distill)
+    student = Student(causal_lm, load_teacher("sft.distill.teacher", path, causal_lm, tokenizer), recipe.sft.distill)
     found = student(batch)                       # float32 [R, 2]: log-probabilities, divergences from the teacher
     loss, sums = distillation_loss(student, batch)
 
@@ -15,16 +15,18 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from cluster.hardware import hardware
+from data.tokenizers import Tokenizer
+from data.tokenizers import load as load_tokenizer
 from rlhf.errors import RecipeError
 from rlhf.losses import cross_entropy
 from rlhf.models import Batch, hidden_states, in_chunks, load_causal_lm
-from rlhf.recipe import Distill
+from rlhf.recipe import Distill, Teacher
 
 
 class Student(nn.Module):
     """A causal LM that is told, beside the log-probabilities of its tokens, how far it is from its teacher."""
 
-    def __init__(self, causal_lm: PreTrainedModel, teacher: PreTrainedModel, config: Distill) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, teacher: PreTrainedModel, config: Teacher) -> None:
         super().__init__()
         self.inner = causal_lm
         self.teacher = (teacher,)  # in a tuple: no submodule, so neither sharded nor trained nor saved
@@ -32,7 +34,7 @@ class Student(nn.Module):
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
         """[:, 0] the log-probabilities of the counted tokens, [:, 1] the divergence from the teacher where they stand: float32
-        [R, 2], in nats, the divergence at `sft.distill.temperature`."""
+        [R, 2], in nats. `temperature` is that of the log-probabilities, the config's that of the divergence."""
         with torch.no_grad():
             known = hidden_states(self.teacher[0], batch)[batch.before]
         hidden = hidden_states(self.inner, batch)[batch.before]
@@ -48,7 +50,7 @@ class Student(nn.Module):
         return in_chunks(some, head.weight.shape[0], hidden, known, batch.tokens[batch.rows])
 
 
-def divergence(teacher: torch.Tensor, student: torch.Tensor, config: Distill) -> torch.Tensor:
+def divergence(teacher: torch.Tensor, student: torch.Tensor, config: Teacher) -> torch.Tensor:
     """forward: KL(teacher || student); reverse: KL(student || teacher); js: beta KL(teacher || m) + (1 - beta) KL(student || m)
     with m = beta teacher + (1 - beta) student. Agarwal et al. 2023, arXiv:2306.13649, section 2.
 
@@ -82,12 +84,19 @@ def figures(sums: dict[str, float]) -> dict[str, float]:
     return {"val_loss": sums["cross_entropy"] / sums["count"], "val_divergence": sums["divergence"] / sums["count"]}
 
 
-def load_teacher(path: str | Path, vocabulary: int) -> PreTrainedModel:
-    """Open the teacher, frozen, on the compute device. Raises RecipeError when its vocabulary has another size."""
+def load_teacher(key: str, path: str | Path, student: PreTrainedModel, tokenizer: Tokenizer) -> PreTrainedModel:
+    """Open the teacher, frozen, on the compute device.
+
+    Raises RecipeError naming the recipe's `key` when its ids are not the student's: another number of them, or other words.
+    """
     teacher = load_causal_lm(path)
-    rows = teacher.get_output_embeddings().weight.shape[0]
-    if rows != vocabulary:
-        raise RecipeError(
-            f"sft.distill.teacher {path}: it knows {rows} tokens and the student {vocabulary}; take one of the student's vocabulary"
-        )
+    theirs, ours = (model.get_output_embeddings().weight.shape[0] for model in (teacher, student))
+    if theirs != ours:
+        raise RecipeError(f"{key} {path}: it knows {theirs} tokens and the student {ours}; take one of the student's vocabulary")
+    if (Path(path) / "tokenizer.json").is_file():
+        knows = load_tokenizer(Path(path))
+        for i in range(min(knows.vocab_size, tokenizer.vocab_size)):
+            word, other = tokenizer.token_bytes(i), knows.token_bytes(i)
+            if word and other and word != other:  # special tokens have none, and may have other names
+                raise RecipeError(f"{key} {path}: token {i} is {other!r} to it and {word!r} to the student; take one of its vocabulary")
     return teacher.to(hardware().device, hardware().dtype).eval().requires_grad_(False)

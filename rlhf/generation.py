@@ -20,7 +20,7 @@ def generate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> list[
         seeds = [sample_seed(recipe.seed, step * len(prompts) + i) for i in index]
         mine = [prompts[i] for i in index]
         rollouts[f"rollout[{rank}]"] = actor.generate.remote(index, mine, seeds, config.max_response_tokens, config.temperature)
-    wait(rollouts, recipe.cluster.deadline_s, f"PPO step {step}: rollout")
+    wait(rollouts, recipe.cluster.deadline_s, f"step {step}: rollout")
     return list(rollouts.values())
 
 

@@ -3,7 +3,7 @@
     with open_graph(recipe, {"rollout": engines(recipe, model, tokenizer), "policy": (PolicyWorker, (recipe, model))}) as graph:
         graph["policy"].start("load", ...)
 
-Which roles there are is up to the stage: PPO opens all five, evaluation those that judge.
+Which roles there are is up to the stage: PPO opens all five, evaluation those that judge, distillation two.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""The line of stages: data -> pretrain -> sft -> reward -> ppo (or preference) -> evaluate.
+"""The line of stages: data -> pretrain -> sft -> reward -> ppo (or preference, or distill) -> evaluate.
 
     run(recipe)                       # make what is not made, resume what is half made, skip the rest
     run(recipe, only="sft")           # this stage alone; what it needs must be there
@@ -40,6 +40,8 @@ TELLING = (
     "preference/pair_accuracy",
     "ppo/reward_last",
     "ppo/log_prob_gap_max",
+    "distill/divergence_last",
+    "distill/log_prob_gap_max",
     "evaluate/reward_gain_sd",
     "evaluate/kl_nats",
     "evaluate/independent_gain",
@@ -113,13 +115,14 @@ def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
     Raises ClusterError with a table, or naming a node without free ports.
     """
     from cluster import placement, ports
-    from rlhf.graph import demands
+    from rlhf.graph import ROLES, demands
     from rlhf.training import layout
 
     if {"pretrain", "sft", "reward", "preference"} & set(stages):
         placement.check({"training": layout(recipe).demand})
-    if {"ppo", "evaluate"} & set(stages):
-        groups = demands(recipe)
+    roles = ROLES if {"ppo", "evaluate"} & set(stages) else ("policy", "rollout") if "distill" in stages else ()
+    if roles:
+        groups = demands(recipe, roles)
         placement.check(groups)
         meeting = [role for role, demand in groups.items() if demand.meets and role != "rollout"]  # engines work each for itself
         if meeting:
@@ -132,7 +135,7 @@ def run_directory(recipe: Recipe) -> Path:
 
 
 def outside_inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Digests of what the stages read from outside the run: the sources, and the model that training starts from."""
+    """Digests of what the stages read from outside the run: the sources, the model that training starts from, teachers."""
     from rlhf.stage_data import source_digest
 
     data = recipe.data
@@ -146,8 +149,8 @@ def outside_inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
             found["data"] |= {f"model.init/{n}": artefacts.digest(model / n) for n in names}
     if recipe.tokenizer.extend is not None:
         found["data"]["tokenizer.extend"] = artefacts.digest(Path(recipe.tokenizer.extend).expanduser())
-    if recipe.sft.distill.teacher is not None:
-        found["sft"] = {"sft.distill.teacher": artefacts.digest(Path(recipe.sft.distill.teacher).expanduser())}
+    for stage, (key, teacher) in preflight.teachers(recipe).items():
+        found[stage] = {key: artefacts.digest(teacher)}
     return found
 
 

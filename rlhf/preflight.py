@@ -28,10 +28,18 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> None:
             problems.append(f"{stage}.float8 needs GPUs: set cluster.gpus_per_worker, or {stage}.float8: false")
     if recipe.model.init is not None:
         problems += _model_problems(recipe, Path(recipe.model.init).expanduser())
-    if recipe.sft.distill.teacher is not None:
-        problems += _directory_problems("sft.distill.teacher", Path(recipe.sft.distill.teacher).expanduser())
+    for key, teacher in teachers(recipe).values():
+        problems += _directory_problems(key, teacher)
     if problems:
         raise RecipeError("\n".join(problems))
+
+
+def teachers(recipe: Recipe) -> dict[str, tuple[str, Path]]:
+    """The models that stages of this recipe learn from: stage -> (key, directory)."""
+    found = {"sft": ("sft.distill.teacher", recipe.sft.distill.teacher)}
+    if recipe.align == "distill":
+        found["distill"] = ("distill.teacher", recipe.distill.teacher)
+    return {stage: (key, Path(path).expanduser()) for stage, (key, path) in found.items() if path is not None}
 
 
 def _runs_dir_problems(recipe: Recipe) -> list[str]:

@@ -255,15 +255,23 @@ class Adapter(Section):
         return self.virtual_tokens if self.method == "p_tuning_v2" else 0
 
 
-class Distill(Section):
+class Teacher(Section):
+    """What distillation on the data's tokens and on the model's own have in common."""
+
     teacher: str | None = key(
-        None, "Model directory to learn from, with the student's vocabulary. Default: learn from the data alone.", unit="path"
+        None,
+        "Model directory to learn from, with the student's vocabulary. Without one `sft` learns from the data alone; "
+        "`align: distill` needs one.",
+        unit="path",
     )
     divergence: Literal["forward", "reverse", "js"] = key(
         "forward", "KL(teacher, student), KL(student, teacher), or the generalised Jensen-Shannon one between.", source="arXiv:2306.13649"
     )
     beta: float = key(0.5, "With `js`: the teacher's share of the mixture.", unit="fraction", gt=0, lt=1, source="arXiv:2306.13649")
     temperature: float = key(1.0, "Both distributions are compared at this temperature.", gt=0, source="arXiv:1503.02531")
+
+
+class Distill(Teacher):
     hard_weight: float = key(0.0, "Share of the plain cross-entropy in the loss.", unit="fraction", ge=0, le=1)
 
 
@@ -397,6 +405,30 @@ class Ppo(Optimizer):
     checkpoint_every: int = key(10, "Steps between two checkpoints.", unit="steps", ge=1)
 
 
+class OnPolicyDistill(Optimizer, Teacher):
+    steps: int = key(40, "Steps: one rollout and `epochs` passes over it each.", unit="steps", ge=1)
+    rollout_batch: int = key(64, "Samples per step: prompts answered, and the data's conversations.", unit="samples", ge=1)
+    global_batch: int = key(32, "Samples per optimizer step.", unit="samples", ge=1)
+    epochs: int = key(1, "Passes over each rollout.", unit="epochs", ge=1)
+    micro_batch: int = key(
+        4096, "Tokens of one forward and backward pass of one worker; samples are packed up to it without padding.", unit="tokens", ge=16
+    )
+    on_policy_fraction: float = key(
+        1.0,
+        "Share of a step's samples that the model writes itself; the others are conversations of `data.sft`.",
+        unit="fraction",
+        gt=0,
+        le=1,
+        source="arXiv:2306.13649, lambda",
+    )
+    divergence: Literal["forward", "reverse", "js"] = key(
+        "reverse", "KL(teacher, student), KL(student, teacher), or the generalised Jensen-Shannon one between.", source="arXiv:2306.13649"
+    )
+    learning_rate: float = key(1e-5, "Peak learning rate.", unit="per step", gt=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay; norms and biases are spared.", ge=0, source="arXiv:1711.05101")
+    checkpoint_every: int = key(10, "Steps between two checkpoints.", unit="steps", ge=1)
+
+
 class Evaluate(Section):
     prompts: int = key(128, "Held-out prompts that both models answer.", unit="prompts", ge=2)
     scorer: Literal["afinn", "vader"] = key(
@@ -421,13 +453,22 @@ class Recipe(Section):
     pretrain: Pretrain = key(Pretrain(), "Stage 2: learn to predict text.")
     sft: Sft = key(Sft(), "Stage 3: learn to answer.")
     reward: Reward = key(Reward(), "Stage 4: learn which answers people prefer.")
-    align: Literal["ppo", "preference"] = key(
+    align: Literal["ppo", "preference", "distill"] = key(
         "ppo",
-        "Stage 5: `ppo` learns from the reward model's scores of its own answers, `preference` straight from the rankings. "
-        "Either way stage 6 asks the reward model.",
+        "Stage 5: `ppo` learns from the reward model's scores of its own answers, `preference` straight from the rankings, `distill` "
+        "from a teacher's distributions over its own answers. Each time stage 6 asks the reward model.",
     )
-    ppo: Ppo = key(Ppo(), "Stage 5 with align = ppo: learn to give such answers. Its sampling and groups serve stage 6 too.")
+    ppo: Ppo = key(
+        Ppo(), "Stage 5 with align = ppo: learn to give such answers. Its sampling and groups serve align = distill and stage 6 too."
+    )
     preference: Preference = key(Preference(), "Stage 5 with align = preference: dpo, ipo, simpo or kto.")
+    distill: OnPolicyDistill = key(
+        OnPolicyDistill(),
+        "Stage 5 with align = distill: learn the teacher's distributions over one's own answers. How they are sampled "
+        "(`max_prompt_tokens`, `max_response_tokens`, `temperature`, `log_prob_gap_limit`) and where (`groups.policy`, `groups.rollout`) "
+        "says `ppo`.",
+        source="arXiv:2306.13649",
+    )
     evaluate: Evaluate = key(Evaluate(), "Stage 6: did it work?")
 
     @model_validator(mode="after")
@@ -452,19 +493,20 @@ class Recipe(Section):
                 wrong.append("tokenizer.encoding = model needs model.init")
         if self.tokenizer.extend is not None and self.tokenizer.encoding != "model":
             wrong.append("tokenizer.extend needs tokenizer.encoding = model: a vocabulary of one's own learns its words from the texts")
-        for name, length, budget in (
-            (window, longest, self.pretrain.micro_batch),
-            ("sft.max_tokens", self.sft.max_tokens, self.sft.micro_batch),
-            ("reward.max_tokens x 2", 2 * self.reward.max_tokens, self.reward.micro_batch),
-            ("reward.max_tokens x 2", 2 * self.reward.max_tokens, self.preference.micro_batch),
-            (
-                "ppo.max_prompt_tokens + ppo.max_response_tokens",
-                self.ppo.max_prompt_tokens + self.ppo.max_response_tokens,
-                self.ppo.micro_batch,
-            ),
-        ):
+        answer = ("ppo.max_prompt_tokens + ppo.max_response_tokens", self.ppo.max_prompt_tokens + self.ppo.max_response_tokens)
+        fits = [
+            (window, longest, "pretrain"),
+            ("sft.max_tokens", self.sft.max_tokens, "sft"),
+            ("reward.max_tokens x 2", 2 * self.reward.max_tokens, "reward"),
+            ("reward.max_tokens x 2", 2 * self.reward.max_tokens, "preference"),
+            (*answer, "ppo"),
+        ]
+        if self.align == "distill":
+            fits += [(*answer, "distill"), ("sft.max_tokens", self.sft.max_tokens, "distill")]
+        for name, length, stage in fits:
+            budget = getattr(self, stage).micro_batch
             if isinstance(budget, int) and length > budget:
-                wrong.append(f"{name} = {length} does not fit into micro_batch = {budget} of that stage")
+                wrong.append(f"{name} = {length} does not fit into {stage}.micro_batch = {budget}")
         if self.ppo.uncertainty_coef and self.reward.heads > 1 and not self.reward.center_coef:
             # Rankings know differences only: a head may add any number to all of its rewards, and would be called uncertain for it.
             wrong.append("ppo.uncertainty_coef needs reward.center_coef: nothing else keeps the heads' rewards at one level; try 0.01")
@@ -472,6 +514,11 @@ class Recipe(Section):
             wrong.append(f"ppo.kl_horizon = {self.ppo.kl_horizon} is smaller than ppo.rollout_batch = {self.ppo.rollout_batch}")
         if self.ppo.global_batch > self.ppo.rollout_batch:
             wrong.append(f"ppo.global_batch = {self.ppo.global_batch} is larger than ppo.rollout_batch = {self.ppo.rollout_batch}")
+        if self.align == "distill" and self.distill.teacher is None:
+            wrong.append("align = distill needs distill.teacher, the model to learn from")
+        if self.distill.global_batch > self.distill.rollout_batch:
+            batch = f"distill.global_batch = {self.distill.global_batch}"
+            wrong.append(f"{batch} is larger than distill.rollout_batch = {self.distill.rollout_batch}")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

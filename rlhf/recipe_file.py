@@ -208,7 +208,10 @@ def _missing_files(values: dict[str, Any]) -> list[Problem]:
             what = problem(source) if isinstance(source, str) else None
             if what:
                 problems.append(Problem(("data", key, i), f": {what}"))
-    for section, name in (("model",), "init"), (("sft", "distill"), "teacher"):
+    directories: list[tuple[tuple[str, ...], str]] = [(("model",), "init"), (("sft", "distill"), "teacher")]
+    if values.get("align") == "distill":  # a recipe may hold the settings of several ways to align
+        directories.append((("distill",), "teacher"))
+    for section, name in directories:
         directory = _section(values, *section).get(name)
         if isinstance(directory, str) and not Path(directory).expanduser().is_dir():
             problems.append(Problem((*section, name), f"is no directory: {directory}"))

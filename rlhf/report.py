@@ -29,6 +29,7 @@ ABOUT = {
     "reward": "Learn which answers people prefer",
     "ppo": "Learn to give such answers",
     "preference": "Learn to give such answers, from the rankings alone",
+    "distill": "Learn to answer like the teacher, from one's own answers",
     "evaluate": "Did it work?",
 }
 
@@ -168,10 +169,17 @@ def headlines(summary: Summary) -> list[Headline]:
         "evaluate/kl_nats", "Distance moved", "{:.2f}", "nats per response",
         "KL divergence of the aligned model from the SFT model. Small: still the same language. Far above 10: it has found a trick.",
     )  # fmt: skip
-    if isinstance(summary.get("ppo/log_prob_gap_max"), (int, float)):
+    first = summary.get("distill/divergence_first")
+    change = f" It began at {first:.3f}." if isinstance(first, (int, float)) else ""
+    add(
+        "distill/divergence_last", "Distance from the teacher", "{:.3f}", "nats per token",
+        f"Divergence between the student's and the teacher's distributions, over answers that the student wrote.{change}",
+    )  # fmt: skip
+    gap = summary.get("ppo/log_prob_gap_max", summary.get("distill/log_prob_gap_max"))
+    if isinstance(gap, (int, float)):
         found.append(
             Headline(
-                "Engine against policy", _scientific(summary["ppo/log_prob_gap_max"]), "nats",
+                "Engine against policy", _scientific(gap), "nats",
                 "Largest difference between the log-probabilities of vLLM and of the trained policy, over every token of every step. "
                 "Near 0: the samples were the policy's own.",
             )

@@ -21,12 +21,12 @@ from ray import ObjectRef
 from cluster.groups import Worker
 from cluster.hardware import hardware, use_deterministic_kernels
 from data.order import sample_index
-from data.packing import balance, pack
+from data.packing import Sample, balance, pack
 from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples
 from rlhf.learner import Learner, Loss, full_weights, shard
 from rlhf.losses import clipped_policy, clipped_value
 from rlhf.models import Batch, LanguageModel, ScalarModel, load_causal_lm, load_critic, load_reward_model, save_model
-from rlhf.recipe import Recipe
+from rlhf.recipe import OnPolicyDistill, Ppo, Recipe
 
 Weights = dict[str, np.ndarray[Any, Any]]
 Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -110,15 +110,14 @@ class LearningRole(Role):
     def resume(self, step: int) -> None:
         self.learner.load(self.checkpoints, step)
 
-    def learn(self, experience: Experience, step: int, extras: dict[str, Floats], loss: Loss) -> dict[str, float]:
-        """`epochs` passes over the rollout in mini-batches of `global_batch` samples; returns the mean of each metric."""
-        packable = samples(experience.rollout, extras)
-        n, size, history = len(packable), self.config.global_batch, []
-        for epoch in range(self.config.epochs):
-            order = sample_index(self.recipe.seed, step * self.config.epochs + epoch, np.arange(n), n, "ppo")
+    def learn(self, packable: list[Sample], step: int, loss: Loss, settings: Ppo | OnPolicyDistill) -> dict[str, float]:
+        """`epochs` passes over the step's samples in mini-batches of `global_batch`; returns the mean of each metric."""
+        n, size, history = len(packable), settings.global_batch, []
+        for epoch in range(settings.epochs):
+            order = sample_index(self.recipe.seed, step * settings.epochs + epoch, np.arange(n), n, "ppo")
             for start in range(0, n, size):
                 ids = order[start : start + size]
-                shares = balance([len(packable[i].tokens) for i in ids], self.world, self.config.micro_batch)[self.rank]
+                shares = balance([len(packable[i].tokens) for i in ids], self.world, settings.micro_batch)[self.rank]
                 batches = [Batch.of(pack([packable[ids[i]] for i in share]), self.device) for share in shares]
                 history.append(self.learner.step(batches, loss))
         return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]}
@@ -145,7 +144,7 @@ class PolicyWorker(LearningRole):
             return value, {"clip_fraction": clipped, "update_kl": moved}
 
         extras = {"log_probs": experience.log_probs, "advantages": experience.advantages}
-        return self.learn(experience, step, extras, loss)
+        return self.learn(samples(experience.rollout, extras), step, loss, self.config)
 
     def weights(self) -> Weights:
         return gathered(self.learner.model, self.rank)
@@ -191,4 +190,5 @@ class CriticWorker(LearningRole):
             value, clipped = clipped_value(now, old, returns, self.config.value_clip_range)
             return value, {"clip_fraction": clipped}
 
-        return self.learn(experience, step, {"values": experience.values, "returns": experience.returns}, loss)
+        extras = {"values": experience.values, "returns": experience.returns}
+        return self.learn(samples(experience.rollout, extras), step, loss, self.config)

@@ -15,6 +15,7 @@ import torch.nn as nn
 from cluster.training import Report
 from data.examples import Examples
 from data.packing import Sample
+from data.tokenizers import load as load_tokenizer
 from rlhf.adapters import add_noise, save_merged, save_prefix, with_adapter
 from rlhf.distillation import Student, distillation_loss, load_teacher
 from rlhf.distillation import figures as distillation_figures
@@ -44,7 +45,8 @@ def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
             found = add_noise(found, recipe.sft.neftune_alpha)
         if distill.teacher is None:
             return LanguageModel(found)
-        return Student(found, load_teacher(distill.teacher, found.get_output_embeddings().weight.shape[0]), distill)
+        tokenizer = load_tokenizer(inputs["data"] / "tokenizer")
+        return Student(found, load_teacher("sft.distill.teacher", distill.teacher, found, tokenizer), distill)
 
     return Task(
         model=model,

@@ -37,7 +37,7 @@ def gate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> float:
         rollout = merge(list(wait({f"rollout[{rank}]": answers}, seconds, "gate").values()))
         ours = align(list(checked.values()), rollout.response_lengths)
         gaps.append(float(np.abs(ours - rollout.log_probs).max()))
-        refuse_gap(gaps[-1], recipe, f"PPO step {step}: rollout[{rank}] after the weight sync")
+        refuse_gap(gaps[-1], recipe, f"step {step}: rollout[{rank}] after the weight sync")
     return max(gaps)
 
 

@@ -38,6 +38,7 @@ BETTER = {
     "reward/val_loss": "min",
     "reward/pair_accuracy": "max",
     "preference/pair_accuracy": "max",
+    "distill/divergence_last": "min",
     "evaluate/reward_gain_sd": "max",
     "evaluate/independent_gain": "max",
 }

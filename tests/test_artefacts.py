@@ -85,6 +85,7 @@ def test_second_run_skips_everything_and_needs_no_ray(go, monkeypatch: pytest.Mo
         ("evaluate.samples=3", ["evaluate"]),
         ("align=preference", ["preference", "evaluate"]),
         ("preference.method=kto", []),  # not in this line
+        ("distill.teacher=nowhere", []),
         ("cluster.workers=1", []),  # where it runs does not change what comes out
         ("ppo.groups.policy.cpus=0.5", []),
         ("pretrain.checkpoint_every=1", []),
@@ -113,6 +114,26 @@ def test_both_ways_of_aligning_live_in_one_run(go, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no stage 'ppo'.*preference, evaluate; align=ppo puts it into the line"):
         go("align=preference", only="ppo")
     assert go()[0] == []
+
+
+def test_distill_depends_on_its_teachers_files_and_on_how_answers_are_sampled(go, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (teacher / name).write_text("{}")
+    go()
+    asked = ("align=distill", f"distill.teacher={teacher}")
+    with pytest.raises(RecipeError, match=r"align = distill needs distill\.teacher"):
+        go("align=distill")
+    assert go(*asked)[0] == ["distill", "evaluate"]
+    assert go(*asked, "ppo.kl_coef=0.2", "ppo.groups.policy.cpus=0.5", "distill.checkpoint_every=3")[0] == []
+    assert go(*asked, "ppo.temperature=0.7")[0] == ["distill", "evaluate"]
+    assert go(*asked, "ppo.temperature=0.7", f"distill.teacher={teacher}/../teacher")[0] == []  # the same files
+    (teacher / "model.safetensors").write_text("others")
+    assert go(*asked, "ppo.temperature=0.7")[0] == ["distill", "evaluate"]
+    (teacher / "config.json").unlink()
+    with pytest.raises(RecipeError, match=r"distill\.teacher: .*teacher has no config.json"):
+        go(*asked)
 
 
 def test_one_previous_version_of_a_stage_is_kept(go, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_the_newest_finished_stage(run_dir: Path) -> None:
 def test_no_model(run_dir: Path) -> None:
     with pytest.raises(RecipeError, match="no finished ppo model; there is pretrain, sft"):
         find_model(run_dir, "ppo")
-    with pytest.raises(RecipeError, match="'reward' makes no model that speaks; choose one of pretrain, sft, preference, ppo"):
+    with pytest.raises(RecipeError, match="'reward' makes no model that speaks; choose one of pretrain, sft, distill, preference, ppo"):
         find_model(run_dir, "reward")
     with pytest.raises(RecipeError, match="no run at"):
         talk(run_dir / "nowhere")

@@ -89,9 +89,12 @@ def test_a_small_student_learns_its_teacher(which: str) -> None:
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path) -> None:
-    tokenizer = train(["one word is not much of a text"], vocab_size=261)
-    model = LanguageModel(causal_lm(vocab_size=261))
+    tokenizer = train(["one word is not much of a text"], vocab_size=262)
+    model = LanguageModel(causal_lm(vocab_size=262))
     save_model(model.inner, model.inner.state_dict(), tokenizer, tmp_path / "teacher")
-    assert not any(p.requires_grad for p in load_teacher(tmp_path / "teacher", 261).parameters())
-    with pytest.raises(RecipeError, match="knows 261 tokens and the student 64"):
-        load_teacher(tmp_path / "teacher", 64)
+    assert not any(p.requires_grad for p in load_teacher("a.key", tmp_path / "teacher", model.inner, tokenizer).parameters())
+    with pytest.raises(RecipeError, match=r"a\.key .*knows 262 tokens and the student 64"):
+        load_teacher("a.key", tmp_path / "teacher", causal_lm(), tokenizer)
+    foreign = train(["xylophone xylophone"], vocab_size=262)
+    with pytest.raises(RecipeError, match=r"a\.key .*: token 256 is b' a' to it and b'ho' to the student"):
+        load_teacher("a.key", tmp_path / "teacher", model.inner, foreign)

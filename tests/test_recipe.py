@@ -31,7 +31,7 @@ def complaint(path: Path, *overrides: str) -> str:
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid_and_written_out_whole(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for stage in ("pretrain", "sft"):  # some start from what the quickstart made
+    for stage in ("pretrain", "sft", "ppo"):  # some start from what the quickstart made
         (tmp_path / "runs" / "quickstart" / stage / "model").mkdir(parents=True)
     recipe = recipe_file.load(path)
     copy = tmp_path / "resolved.yaml"
@@ -128,7 +128,7 @@ def test_phases_are_read_and_written_out(recipe_path: Path, recipe_text: str, tm
         ("[6]", "pretrain.phases is a section with keys of its own (steps, weights"),
         ("[]", "pretrain.phases should have at least 1 item"),
         ("[{steps: 6, sequence_length: 600}]", "pretrain.phases: sequence_length = 600 is longer than model.max_positions = 512"),
-        ("[{steps: 6, sequence_length: 300}]\n  micro_batch: 256", "sequence_length = 300 does not fit into micro_batch = 256"),
+        ("[{steps: 6, sequence_length: 300}]\n  micro_batch: 256", "sequence_length = 300 does not fit into pretrain.micro_batch = 256"),
     ],
 )
 def test_phases_that_cannot_be(recipe_path: Path, recipe_text: str, tmp_path: Path, phases: str, message: str) -> None:
@@ -137,6 +137,20 @@ def test_phases_that_cannot_be(recipe_path: Path, recipe_text: str, tmp_path: Pa
     line = next(n for n, text in enumerate(recipe_path.read_text().splitlines(), 1) if "phases:" in text)
     assert message in found
     assert f"line {line}" in found or f"line {line + 1}" in found
+
+
+def test_distillation_on_ones_own_answers_says_what_it_needs(recipe_path: Path, tmp_path: Path) -> None:
+    message = complaint(recipe_path, "align=distill")
+    assert message == f"{recipe_path} override align=distill: align = distill needs distill.teacher, the model to learn from"
+    wrong = ("distill.global_batch=65", "distill.micro_batch=64", "distill.on_policy_fraction=0", f"distill.teacher={tmp_path}/nowhere")
+    message = complaint(recipe_path, "align=distill", *wrong[2:])
+    assert "distill.on_policy_fraction should be greater than 0, got 0" in message
+    assert f"distill.teacher is no directory: {tmp_path}/nowhere" in message
+    message = complaint(recipe_path, "align=distill", f"distill.teacher={tmp_path}", *wrong[:2])
+    assert "distill.global_batch = 65 is larger than distill.rollout_batch = 64" in message
+    assert "ppo.max_prompt_tokens + ppo.max_response_tokens = 96 does not fit into distill.micro_batch = 64" in message
+    assert "sft.max_tokens = 256 does not fit into distill.micro_batch = 64" in message
+    assert recipe_file.load(recipe_path, list(wrong[1:2])).distill.micro_batch == 64  # no matter without align = distill
 
 
 def test_key_without_effect(recipe_path: Path) -> None:

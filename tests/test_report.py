@@ -200,6 +200,28 @@ def test_a_part_of_a_run(tmp_path: Path, there: list[str]) -> None:
     assert report.curves(run_dir, tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_a_run_that_learned_from_a_teacher(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "r")
+    (run_dir / "recipe.yaml").write_text("align: distill\n")
+    (run_dir / "summary.json").unlink()
+    (run_dir / "ppo").rename(run_dir / "distill")
+    names = {"divergence": 0.5, "log_prob_gap": 2e-6, "response_tokens": 12.0}
+    rows = [{"step": i, "sync/log_prob_gap": 1e-6, **{f"distill/{name}": v / i for name, v in names.items()}} for i in (1, 2, 3)]
+    (run_dir / "distill" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = {"distill/divergence_first": 0.5, "distill/divergence_last": 0.167, "distill/log_prob_gap_max": 2e-6}
+    (run_dir / "distill" / "metrics.json").write_text(json.dumps(figures))
+    page = read(report.write(run_dir))
+    for text in (
+        "Distance from the teacher",
+        "0.167",
+        "It began at 0.500.",
+        "Engine against policy",
+        "2.0 × 10⁻⁶",
+        "Length of the responses",
+    ):
+        assert text in page.text, text
+
+
 def test_while_a_stage_runs(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "r")
     (run_dir / "ppo" / "manifest.json").unlink()
