@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rlhf.advantages import centred, gae, grpo, rewards_to_go, rloo, whiten
+from rlhf.advantages import GROUPED, centred, gae, grpo, rewards_to_go, rloo, whiten
+from rlhf.recipe_ppo import COMPARING
 
 few = settings(max_examples=80, deadline=None)
 numbers = st.floats(-5, 5, width=32)
@@ -130,6 +131,10 @@ def test_rewards_to_go(tokens: tuple[list[int], list[np.ndarray]], gamma: float)
     lengths, (rewards,) = tokens
     expected = [sum(gamma ** (k - t) * float(r[k]) for k in range(t, len(r))) for r in split(rewards, lengths) for t in range(len(r))]
     np.testing.assert_allclose(rewards_to_go(rewards, lengths, gamma), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_recipe_knows_which_estimators_compare() -> None:
+    assert set(GROUPED) == set(COMPARING)
 
 
 def test_group_estimators_by_hand() -> None:

@@ -9,13 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CPU, VOCAB, causal_lm, plain_twin
+from transformers import LlamaConfig, LlamaForTokenClassification, PreTrainedModel
 
 from data.packing import balance, pack
+from rlhf.attention import PACKED
 from rlhf.experience import Experience, Rollout, estimate, samples
 from rlhf.learner import Learner
-from rlhf.models import Batch, LanguageModel
+from rlhf.models import Batch, LanguageModel, ScalarModel
 from rlhf.recipe import Ppo
-from rlhf.roles import policy_objective
+from rlhf.roles import policy_objective, value_objective
 from rlhf.shaping import begin
 
 few = settings(max_examples=12, deadline=None)
@@ -57,6 +59,14 @@ def experience_of(lengths: list[int], seed: int, config: Ppo) -> Experience:
     if config.needs_critic:
         found["values"] = rng.normal(size=sum(lengths)).astype(np.float32)
     return estimate(rollout, found, config, begin(config))[0]
+
+
+def scalar_model() -> PreTrainedModel:
+    """A fresh token classifier with one label and the sizes of `causal_lm`."""
+    config = LlamaConfig.from_dict({**causal_lm().config.to_dict(), "num_labels": 1})
+    config._attn_implementation = PACKED
+    torch.manual_seed(0)
+    return LlamaForTokenClassification(config).eval()
 
 
 def extras_of(experience: Experience) -> dict[str, np.ndarray]:
@@ -125,6 +135,32 @@ def test_loss_and_gradient_equal_plain_transformers(name: str, lengths: list[int
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
     ours, theirs = gradients(inner), gradients(twin)
     assert (ours - theirs).norm() <= 1e-6 + 3e-5 * theirs.norm()
+
+
+@few
+@given(st.lists(st.sampled_from([0, 1, 1, 2, 5, 8]), min_size=4, max_size=4).filter(any), st.integers(0, 10**6))
+def test_critic_equals_a_plain_classifier(lengths: list[int], seed: int) -> None:
+    """Values stand at the token before; answers that do not count for the policy teach the critic nothing either."""
+    config = Ppo(**SHARED, mask_unfinished=True, aggregation="sequence_mean", value_clip_range=0.3)
+    experience, critic = experience_of(lengths, seed, config), scalar_model()
+    rollout = experience.rollout
+    extras = {"values": experience.values, "returns": experience.returns}
+    batch = Batch.of(pack(samples(rollout, extras, (experience.weights > 0).astype(np.float32))), CPU)
+    value, _ = value_objective(ScalarModel(critic), batch, config)
+    value.backward()
+    twin, expected, start, at = plain_twin(critic), [], 0, 0
+    for prompt, n, finished in zip(rollout.prompt_lengths, rollout.response_lengths, rollout.finished, strict=True):
+        ids = torch.from_numpy(rollout.tokens[start : start + prompt + n].astype(np.int64))
+        old, returns = (torch.from_numpy(x[at : at + n].copy()) for x in extras.values())
+        start, at = start + prompt + n, at + n
+        if n and finished:
+            now = twin(input_ids=ids[None]).logits[0, prompt - 1 : -1, 0]
+            near = torch.max(torch.min(now, old + 0.3), old - 0.3)
+            expected.append(0.5 * torch.max((now - returns) ** 2, (near - returns) ** 2).sum())
+    if expected:
+        torch.stack(expected).sum().backward()
+    assert value.item() == pytest.approx(sum(e.item() for e in expected), rel=1e-5, abs=1e-6)
+    assert (gradients(critic) - gradients(twin)).norm() <= 1e-6 + 3e-5 * gradients(twin).norm()
 
 
 @pytest.mark.parametrize("name", FAMILY)
