@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rlhf.errors import RecipeError
 from rlhf.recipe import Recipe
 from rlhf.recipe_keys import nearest_key, section_at
+from rlhf.recipe_ppo import idle
 
 KeyPath = tuple[str | int, ...]
 
@@ -64,8 +65,8 @@ def resolved(recipe: Recipe) -> str:
     Keys that have no effect in this recipe are left out, since `load` refuses them.
     """
     values = recipe.model_dump(mode="json")
-    for *section, key in _idle_keys(values):
-        _section(values, *section).pop(key, None)
+    for path in _idle_keys(values):
+        _section(values, *path[:-1]).pop(path[-1], None)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -171,28 +172,28 @@ def _from_check(where: KeyPath, text: str) -> Problem:
 def _idle_keys(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
     """The keys that this recipe never reads, and the other key because of which."""
     model, tokenizer, adapter = _section(values, "model"), _section(values, "tokenizer"), _section(values, "sft", "adapter")
-    idle: dict[tuple[str, ...], str] = {}
+    found: dict[tuple[str, ...], str] = {}
     if model.get("init") is not None:
-        idle |= {("model", k): "model.init brings a model of its own" for k in section_at(("model",)).model_fields if k != "init"}
+        found |= {("model", k): "model.init brings a model of its own" for k in section_at(("model",)).model_fields if k != "init"}
     if tokenizer.get("encoding", "train") != "train":
-        idle["tokenizer", "vocab_size"] = "tokenizer.encoding names a ready vocabulary"
+        found["tokenizer", "vocab_size"] = "tokenizer.encoding names a ready vocabulary"
     if _section(values, "pretrain").get("phases") is not None:
-        idle["pretrain", "steps"] = "pretrain.phases have steps of their own"
+        found["pretrain", "steps"] = "pretrain.phases have steps of their own"
     method = adapter.get("method", "none")
     thin = ["rank", "alpha", "dropout", "targets"]
     unread = {"none": [*thin, "virtual_tokens"], "p_tuning_v2": thin, "lora": ["virtual_tokens"], "qlora": ["virtual_tokens"]}
     for k in unread.get(method, []) if isinstance(method, str) else []:
-        idle["sft", "adapter", k] = f"sft.adapter.method is {method}"
+        found["sft", "adapter", k] = f"sft.adapter.method is {method}"
     if _section(values, "reward").get("heads", 1) == 1:
-        idle["ppo", "uncertainty_coef"] = "reward.heads is 1, and one head agrees with itself"
-    return idle
+        found["ppo", "uncertainty_coef"] = "reward.heads is 1, and one head agrees with itself"
+    return found | {("ppo", *path): why for path, why in idle(_section(values, "ppo")).items()}
 
 
 def _keys_without_effect(values: dict[str, Any]) -> list[Problem]:
     return [
-        Problem((*section, key), f"would have no effect: {because}; remove one of the two")
-        for (*section, key), because in _idle_keys(values).items()
-        if key in _section(values, *section)
+        Problem(path, f"would have no effect: {why}; remove one of the two")
+        for path, why in _idle_keys(values).items()
+        if path[-1] in _section(values, *path[:-1])
     ]
 
 

@@ -29,6 +29,7 @@ class Key:
     unit: str
     limits: str
     source: str
+    values: str = ""  # what they stand for, a line each
 
 
 def explain(name: str | None = None) -> list[Key]:
@@ -107,7 +108,7 @@ def _key(name: str, field: FieldInfo, default: Any) -> Key:
         kind = "section" if isinstance(field.annotation, type) else "list of sections"
         return Key(name, field.description or "", kind, None, unit, "", source)
     shown = "required" if field.is_required() else _text(default)
-    return Key(name, field.description or "", _type(field.annotation), shown, unit, _limits(field), source)
+    return Key(name, field.description or "", _type(field.annotation), shown, unit, _limits(field), source, str(extra.get("values", "")))
 
 
 def _text(value: Any) -> str:

@@ -9,15 +9,15 @@ import ray
 
 from cluster.deadlines import wait
 from data import tokenizers
-from rlhf.advantages import next_kl_coef
 from rlhf.errors import TrainingError
-from rlhf.experience import merge
+from rlhf.experience import merge, responses
 from rlhf.generation import generate, sample_seed
 from rlhf.graph import engines, open_graph
 from rlhf.models import new_causal_lm, save_model
-from rlhf.ppo import kl_coef_after
+from rlhf.ppo import running_after
 from rlhf.recipe import Model, Ppo, Recipe
 from rlhf.roles import PolicyWorker
+from rlhf.shaping import after, begin
 from rlhf.sync import gate, refuse_gap, sync_weights
 
 pytestmark = pytest.mark.slow
@@ -117,15 +117,28 @@ def test_a_gap_that_is_no_number_is_refused(recipe):
     refuse_gap(1e-6, recipe, "here")
 
 
+def test_answers_to_one_prompt_stand_side_by_side(graph, recipe):
+    """Samples 3 p, 3 p + 1, 3 p + 2 answer prompt p, each by a seed of its own; greedy answers have none to differ by."""
+    rollout = merge(ray.get(generate(graph, recipe, PROMPTS, 0, each=3)))
+    assert rollout.index.tolist() == list(range(12))
+    assert rollout.prompt_lengths.tolist() == [3, 3, 3, 1, 1, 1, 2, 2, 2, 4, 4, 4]
+    assert len({tuple(answer) for answer in responses(rollout)}) > 8
+    engine = graph["rollout"].actors[0]
+    alone = ray.get(engine.generate.remote([0], [PROMPTS[1]], [sample_seed(recipe.seed, 5)], 16, 1.0))
+    assert responses(alone)[0] == responses(rollout)[5]
+    greedy = merge(ray.get(generate(graph, recipe, PROMPTS, 0, each=3, temperature=0.0)))
+    assert len({tuple(answer) for answer in responses(greedy)}) <= 4
+
+
 def test_a_resumed_run_takes_its_kl_weight_from_the_curve(tmp_path):
     config = Ppo(kl_coef=0.2, kl_target=7, kl_horizon=512, rollout_batch=128)
-    rows, kl_coef = [], config.kl_coef
+    rows, running = [], begin(config)
     for step, kl in enumerate((0.1, 8.0, 7.3), start=1):
-        rows.append({"step": step, "ppo/kl": kl, "ppo/kl_coef": kl_coef})
-        kl_coef = next_kl_coef(kl_coef, kl, config)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert kl_coef_after(3, config, tmp_path) == kl_coef  # the same bits
-    assert kl_coef_after(0, config, tmp_path) == 0.2
-    assert kl_coef_after(9, Ppo(kl_coef=0.3), tmp_path) == 0.3  # fixed: no curve needed
-    with pytest.raises(TrainingError, match="has no step 4"):
-        kl_coef_after(4, config, tmp_path)
+        rows.append({"step": step, "ppo/kl": kl, "ppo/kl_coef": running.kl_coef, "ppo/reward": 0.1 * step, "ppo/reward_sd": 1.5})
+        running = after(running, kl, 0.1 * step, 1.5, config)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "ppo')  # killed
+    assert running_after(3, config, tmp_path) == running  # the same bits
+    assert running_after(0, config, tmp_path) == begin(config)
+    assert running_after(9, Ppo(kl_coef=0.3), tmp_path).kl_coef == 0.3  # fixed: no curve needed
+    with pytest.raises(TrainingError, match="does not hold the steps 1 to 4"):
+        running_after(4, config, tmp_path)

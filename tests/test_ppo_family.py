@@ -1,0 +1,90 @@
+"""Whole runs of the ppo stage on a tiny graph, real engines included: without a critic, and resumed from the curve."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data import tokenizers
+from data.examples import prepare_prompts
+from rlhf.graph import demands
+from rlhf.models import load_reward_model, new_causal_lm, save_model
+from rlhf.monitoring import Monitor
+from rlhf.ppo import curve, run
+from rlhf.recipe import Model, Recipe
+
+pytestmark = pytest.mark.slow
+
+SIZES = Model(hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=64, max_positions=128)
+
+
+@pytest.fixture(scope="module")
+def made(ray_session, tmp_path_factory) -> dict[str, Path]:
+    """What the stages before ppo leave: a tokenizer and prompts, an SFT model, a reward model that likes some answers more."""
+    folder = tmp_path_factory.mktemp("made")
+    tokenizer = tokenizers.train(["the quick brown fox jumps over the lazy dog " * 20], 270)
+    lines = [{"messages": [{"role": "user", "content": f"the {a} {b} dog"}]} for a in ("quick", "lazy", "brown") for b in ("fox", "over")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines * 2))
+    tokenizer.save(folder / "data" / "tokenizer")
+    limits = {"max_tokens": 48, "validation_fraction": 0.1, "max_broken_fraction": 0.0}
+    prepare_prompts([folder / "prompts.jsonl"], tokenizer, folder / "data" / "prompts", **limits)
+    model = new_causal_lm(SIZES, tokenizer.vocab_size, tokenizer.end_of_text, seed=7)
+    save_model(model, model.state_dict(), tokenizer, folder / "sft" / "model")
+    judge = load_reward_model(folder / "sft" / "model")
+    torch.nn.init.normal_(judge.score.weight, generator=torch.Generator().manual_seed(0))
+    save_model(judge, judge.state_dict(), tokenizer, folder / "reward" / "model")
+    return {stage: folder / stage for stage in ("data", "sft", "reward")}
+
+
+def train(recipe: Recipe, made: dict[str, Path], out: Path) -> list[dict[str, float]]:
+    out.mkdir(exist_ok=True)
+    with Monitor("ppo", out) as monitor:
+        run(recipe, made, out, monitor)
+    return [{k: v for k, v in row.items() if k != "time"} for row in curve(out)]
+
+
+def recipe_of(**ppo: object) -> Recipe:
+    sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
+    groups = {role: {"cpus": 0.4} for role in ("policy", "reference", "reward", "rollout")}
+    shared = {"steps": 2, "epochs": 1, "checkpoint_every": 1, "learning_rate": 1e-3, "max_response_tokens": 8, "groups": groups}
+    return Recipe(name="test", data=sources, model=SIZES, ppo=shared | ppo)
+
+
+def test_grpo_needs_no_critic_and_resumes_to_the_same_bits(ray_session, made, tmp_path):
+    """Two steps; then the second one again, from the first one's checkpoint and the curve alone."""
+    recipe = recipe_of(
+        advantage="grpo",
+        samples_per_prompt=4,
+        rollout_batch=3,
+        global_batch=6,
+        kl_in="loss",
+        kl_target=0.5,
+        kl_horizon=12,
+        entropy_coef=0.01,
+        normalize_rewards=True,
+        aggregation="sequence_mean",
+    )
+    assert set(demands(recipe)) == {"policy", "reference", "reward", "rollout"}
+    rows = train(recipe, made, tmp_path / "whole")
+    assert sorted(p.name for p in (tmp_path / "whole" / "checkpoints").iterdir()) == ["policy"]
+    assert not any("critic" in name or "value" in name for row in rows for name in row)
+    assert all(row["ppo/reward_sd"] > 0 and row["ppo/policy_grad_norm"] > 0 and row["ppo/policy_entropy"] > 0 for row in rows)
+    assert rows[1]["ppo/kl_coef"] != rows[0]["ppo/kl_coef"]
+    assert rows[1]["ppo/kl"] > rows[0]["ppo/kl"] == pytest.approx(0, abs=1e-4)
+    learned, before = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "whole", made["sft"]))
+    assert any(not torch.equal(learned[name], before[name]) for name in before)
+
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "whole", again)
+    shutil.rmtree(again / "model")
+    shutil.rmtree(again / "checkpoints" / "policy" / "step_2")
+    assert train(recipe, made, again) == rows
+    assert (again / "model" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
+
+
+def test_remax_asks_for_greedy_answers(ray_session, made, tmp_path):
+    row = train(recipe_of(steps=1, advantage="remax", rollout_batch=4, global_batch=4, policy_loss="cispo"), made, tmp_path / "remax")[0]
+    assert row["ppo/policy_grad_norm"] > 0
