@@ -138,6 +138,8 @@ def explain(key: Annotated[str | None, typer.Argument(help="A key such as ppo.kl
         for label, text in rows.items():
             if text:
                 say(f"  {label:<8} {text}")
+        for line in only.values.splitlines():
+            say(f"  {line}")
         return
     if key:
         head = keys.pop(0)

@@ -30,7 +30,7 @@ class Student(nn.Module):
         self.teacher = (teacher,)  # in a tuple: no submodule, so neither sharded nor trained nor saved
         self.config = config
 
-    def forward(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:
+    def forward(self, batch: Batch, temperature: float = 1.0) -> torch.Tensor:  # type: ignore[override]  # never asked for its entropy
         """[:, 0] the log-probabilities of the counted tokens, [:, 1] the divergence from the teacher where they stand: float32
         [R, 2], in nats, the divergence at `sft.distill.temperature`."""
         with torch.no_grad():

@@ -12,14 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from data.packing import Sample
-from rlhf.advantages import gae, token_rewards, whiten
+from rlhf.advantages import GROUPED, gae, rewards_to_go, whiten
+from rlhf.loss_weights import aggregate, importance, varied
+from rlhf.losses import kl
 from rlhf.recipe import Ppo
+from rlhf.shaping import Running, judge, outcomes, token_rewards
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Scores = tuple[Ints, Floats]  # sample indices [m], and their numbers one sample after another
+WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,17 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with everything the update needs, per response token."""
+    """A rollout with everything the update needs: numbers per response token [T]."""
 
     rollout: Rollout
     log_probs: Floats
-    values: Floats
+    ref_log_probs: Floats
     advantages: Floats
-    returns: Floats
+    weights: Floats  # how much a token is counted; 0: not at all
+    shares: Floats  # by how much its loss is multiplied
+    kl_coef: float  # of the KL in the loss; 0 if it is in the rewards
+    values: Floats | None = None  # of a critic
+    returns: Floats | None = None  # for a critic
 
 
 def merge(parts: Sequence[Rollout]) -> Rollout:
@@ -71,22 +80,22 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
     )
 
 
-def samples(rollout: Rollout, extras: dict[str, Floats] | None = None) -> list[Sample]:
-    """Every prompt + response as a packable sample whose response tokens count.
+def samples(rollout: Rollout, extras: dict[str, Floats] | None = None, weights: Floats | None = None) -> list[Sample]:
+    """Every prompt + response as a packable sample whose response tokens count, 1 each or by `weights`.
 
-    `extras` are numbers per response token [sum of response_lengths]; prompt tokens get 0.
+    `extras` and `weights` are numbers per response token [sum of response_lengths]; prompt tokens get 0.
     """
     ends = np.cumsum(rollout.prompt_lengths + rollout.response_lengths)
     response_ends = np.cumsum(rollout.response_lengths)
     out = []
+    numbers = {**(extras or {}), WEIGHTS: np.ones(response_ends[-1:].sum(), np.float32) if weights is None else weights}
     for i, (prompt, response) in enumerate(zip(rollout.prompt_lengths, rollout.response_lengths, strict=True)):
-        weights = np.zeros(prompt + response, np.float32)
-        weights[prompt:] = 1.0
         per_token = {}
-        for name, values in (extras or {}).items():
+        for name, values in numbers.items():
             per_token[name] = np.zeros(prompt + response, np.float32)
             per_token[name][prompt:] = values[response_ends[i] - response : response_ends[i]]
-        out.append(Sample(rollout.tokens[ends[i] - prompt - response : ends[i]].astype(np.int64), weights, per_token))
+        tokens = rollout.tokens[ends[i] - prompt - response : ends[i]].astype(np.int64)
+        out.append(Sample(tokens, per_token.pop(WEIGHTS), per_token))
     return out
 
 
@@ -96,31 +105,67 @@ def responses(rollout: Rollout) -> list[list[int]]:
     return [rollout.tokens[end - n : end].tolist() for end, n in zip(ends, rollout.response_lengths, strict=True)]
 
 
-def estimate(rollout: Rollout, found: dict[str, Floats], config: Ppo, kl_coef: float) -> tuple[Experience, dict[str, float]]:
-    """Advantages and returns from what the roles found, and the figures of the rollout.
+def estimate(
+    rollout: Rollout, found: dict[str, Floats], config: Ppo, running: Running, greedy: Rollout | None = None
+) -> tuple[Experience, dict[str, float]]:
+    """Advantages and whatever else the update needs from what the roles found, and the figures of the rollout.
 
-    found: `log_probs`, `ref_log_probs`, `values` per response token, `rewards` per sample.
+    found: `log_probs`, `ref_log_probs` and, with a critic, `values` per response token, `rewards` per sample; with remax `baselines`,
+    the reward model's scores of the answers in `greedy`, one per prompt.
     """
-    lengths = rollout.response_lengths
-    log_probs, reference, values, scores = (found[name] for name in ("log_probs", "ref_log_probs", "values", "rewards"))
-    # A reward model knows finished answers; what it says of a torso is noise that a policy learns to exploit by never ending.
-    judged = scores - config.unfinished_penalty * ~rollout.finished
-    rewards = token_rewards(judged, log_probs, reference, lengths, kl_coef, config.reward_clip)
-    advantages, returns = gae(rewards, values, lengths, config.gamma, config.lam)
-    errors = returns - values
-    facts = {
-        "reward": float(scores.mean()),
-        "reward_sd": float(scores.std()),
-        "kl": float((log_probs - reference).sum() / len(scores)),  # nats per response, k1
-        "kl_coef": kl_coef,
+    lengths, size = rollout.response_lengths, config.samples_per_prompt
+    log_probs, reference, scores, values = found["log_probs"], found["ref_log_probs"], found["rewards"], found.get("values")
+    facts = {"reward": float(scores.mean()), "reward_sd": float(scores.std())}
+    seen = running.seen(facts["reward"], facts["reward_sd"])
+    worth = judge(scores, lengths, rollout.finished, config, seen)
+    usual = judge(found["baselines"], greedy.response_lengths, greedy.finished, config, seen) if greedy else None
+    apart = log_probs - reference
+    in_rewards, in_loss = (running.kl_coef if config.kl_in == place else 0.0 for place in ("reward", "loss"))
+    penalties = np.float32(-in_rewards) * kl(torch.from_numpy(apart), config.kl_estimator).numpy()
+    advantages, returns = _advantages(worth, penalties, lengths, values, usual, config)
+
+    counted = np.ones(len(lengths), bool)
+    if config.mask_unfinished:
+        counted &= rollout.finished
+    if config.drop_equal_groups:
+        counted &= np.repeat(varied(worth, size), size)
+    weights, shares = aggregate(lengths, counted, config.aggregation, config.max_response_tokens)
+    if config.whiten_advantages:
+        advantages[weights > 0] = whiten(advantages[weights > 0], config.unbiased_whitening)
+    if config.importance != "none":
+        ratios = importance(log_probs, rollout.log_probs, config.importance, config.importance_floor, config.importance_cap)
+        advantages = advantages * ratios  # every policy loss is proportional to the advantage
+        facts["importance"] = float(ratios.mean())
+
+    facts |= {
+        "kl": float(apart.sum() / len(scores)),  # nats per response, k1
+        "kl_coef": running.kl_coef,
         "response_tokens": float(lengths.mean()),
         "unfinished": float(1 - rollout.finished.mean()),
-        "surprise": float(-log_probs.mean()),  # nats per token: an estimate of the policy's entropy
-        "value_explained": float(1 - errors.var() / max(returns.var(), 1e-8)),
-        "log_prob_gap": float(np.abs(log_probs - rollout.log_probs).max()),
+        "counted": float(counted.mean()),
+        "surprise": float(-log_probs.sum() / max(1, len(log_probs))),  # nats per token: an estimate of the policy's entropy
+        "log_prob_gap": float(np.abs(log_probs - rollout.log_probs).max(initial=0.0)),
     }
-    advantages = whiten(advantages) if config.whiten_advantages else advantages
-    return Experience(rollout, log_probs, values, advantages, returns), facts
+    if values is not None and returns is not None and len(returns):
+        facts["value_explained"] = float(1 - (returns - values).var() / max(returns.var(), 1e-8))
+    return Experience(rollout, log_probs, reference, advantages, weights, shares, in_loss, values, returns), facts
+
+
+def _advantages(
+    worth: Floats, penalties: Floats, lengths: Ints, values: Floats | None, usual: Floats | None, config: Ppo
+) -> tuple[Floats, Floats | None]:
+    """The advantages [T] by `ppo.advantage`, and a critic's returns [T], from what responses are worth [n] and what tokens cost [T]."""
+    rewards = token_rewards(worth, penalties, lengths)
+    if config.advantage in GROUPED:
+        whole = GROUPED[config.advantage](outcomes(worth, penalties, lengths), config.samples_per_prompt)
+        return np.repeat(whole, lengths), None
+    if config.advantage == "gae":
+        assert values is not None, "gae needs a critic's values"
+        return gae(rewards, values, lengths, config.gamma, config.lam)
+    if config.advantage == "remax":
+        assert usual is not None, "remax needs the greedy answers' scores"
+        return rewards_to_go(rewards, lengths, 1.0) - np.repeat(np.repeat(usual, config.samples_per_prompt), lengths), None
+    return rewards_to_go(rewards, lengths, config.gamma), None
 
 
 def align(parts: Sequence[Scores], lengths: Ints) -> Floats:

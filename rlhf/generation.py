@@ -10,16 +10,20 @@ from rlhf.graph import Graph, Prompts
 from rlhf.recipe import Recipe
 
 
-def generate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> list[ObjectRef]:
-    """References to one rollout per engine. Prompts go round the engines; a sample's seed is arithmetic, so who writes it
-    changes nothing."""
+def generate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, each: int = 1, temperature: float | None = None) -> list[ObjectRef]:
+    """References to one rollout per engine: `each` answers to every prompt, samples p * each ... of the step are those to prompt p.
+
+    Prompts go round the engines, all answers to one of them come from the same, which computes it once. A sample's seed is
+    arithmetic, so who writes it changes nothing. `temperature` replaces the recipe's; 0 takes the likeliest token each time.
+    """
     actors, config = graph["rollout"].actors, recipe.ppo
+    heat = config.temperature if temperature is None else temperature
     rollouts = {}
     for rank, actor in enumerate(actors[: len(prompts)]):
-        index = list(range(rank, len(prompts), len(actors)))
-        seeds = [sample_seed(recipe.seed, step * len(prompts) + i) for i in index]
-        mine = [prompts[i] for i in index]
-        rollouts[f"rollout[{rank}]"] = actor.generate.remote(index, mine, seeds, config.max_response_tokens, config.temperature)
+        index = [p * each + k for p in range(rank, len(prompts), len(actors)) for k in range(each)]
+        seeds = [sample_seed(recipe.seed, step * len(prompts) * each + i) for i in index]
+        mine = [prompts[i // each] for i in index]
+        rollouts[f"rollout[{rank}]"] = actor.generate.remote(index, mine, seeds, config.max_response_tokens, heat)
     wait(rollouts, recipe.cluster.deadline_s, f"PPO step {step}: rollout")
     return list(rollouts.values())
 

@@ -3,7 +3,8 @@
     with open_graph(recipe, {"rollout": engines(recipe, model, tokenizer), "policy": (PolicyWorker, (recipe, model))}) as graph:
         graph["policy"].start("load", ...)
 
-Which roles there are is up to the stage: PPO opens all five, evaluation those that judge.
+Which roles there are is up to the stage: PPO opens all five, or four where answers are compared with each other and not with what a
+critic expects of them; evaluation opens those that judge.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,10 @@ Prompts = list[list[int]]
 ROLES = ("policy", "reference", "reward", "critic", "rollout")
 
 
-def demands(recipe: Recipe, roles: Iterator[str] | tuple[str, ...] = ROLES) -> dict[str, Demand]:
-    """What each role asks of the cluster, from `ppo.groups`."""
+def demands(recipe: Recipe, roles: tuple[str, ...] | None = None) -> dict[str, Demand]:
+    """What each role asks of the cluster, from `ppo.groups`. Default: all that PPO opens, the critic only if the recipe has one."""
+    if roles is None:
+        roles = tuple(role for role in ROLES if role != "critic" or recipe.ppo.needs_critic)
     groups = {role: getattr(recipe.ppo.groups, role) for role in roles}
     return {role: Demand(group.workers, group.cpus, group.gpus) for role, group in groups.items()}
 

@@ -4,8 +4,14 @@ A sum, because a mean over a micro-batch would weigh its tokens by how many neig
 8 samples at once equal 1 sample 8 times, and 1 worker equals 2.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
+
+from rlhf.recipe import Ppo
+
+EXPONENT = 20.0  # log-ratios beyond it are those of an absurd token
 
 
 def cross_entropy(log_probs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -54,33 +60,100 @@ def kto(ratios: torch.Tensor, desirable: torch.Tensor, level: torch.Tensor, beta
     return 1 - torch.sigmoid(beta * torch.where(desirable, ratios - level, level - ratios))
 
 
-def clipped_policy(
-    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, clip_range: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate, sum_t max(-rho_t A_t, -clip(rho_t, 1 - e, 1 + e) A_t). Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+def kl(log_ratio: torch.Tensor, estimator: str) -> torch.Tensor:
+    """An estimate of KL(p || q) per token, float32 [R], from log_ratio = log p - log q [R] of tokens that p wrote. In nats.
 
-    All inputs float32 [R] over response tokens; rho = exp(log_probs - old_log_probs), the exponent kept within +-20 so
-    that one absurd token cannot make an infinity. Returns (loss sum, number of clipped tokens, sum of the k3 estimates of
-    KL(old || new)): the second and third are metrics and carry no gradient.
+    k1 = d, without bias but often negative; k2 = d^2 / 2, biased; k3 = e^-d - 1 + d, without bias and never negative (d within
+    +-20 in the exponent). Schulman 2020, joschu.net/blog/kl-approx.html. As a loss k1 pulls nowhere: the mean of its gradient is
+    zero; that of k2 is the gradient of KL(p || q), that of k3 the one of KL(q || p). Tang & Munos 2025, arXiv:2506.09477.
     """
-    delta = (log_probs - old_log_probs).clamp(-20.0, 20.0)
-    ratio = delta.exp()
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    near = log_ratio.clamp(-EXPONENT, EXPONENT)
+    return (-near).exp() - 1 + near
+
+
+def policy_loss(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, owners: torch.Tensor, config: Ppo
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The terms of `ppo.policy_loss`, float32 [R], and which of them no longer learn from their token, bool [R].
+
+    log_probs, old_log_probs and advantages float32 [R] over response tokens, owners int64 [R] the response that each is in. All of
+    these losses are proportional to the advantage, so a weight on a term is a weight on its advantage.
+    """
+    low, high = config.clip_ranges
+    log_ratio = log_probs - old_log_probs
+    if config.policy_loss == "cispo":
+        return cispo(log_probs, old_log_probs, advantages, low, high)
+    if config.policy_loss == "sapo":
+        return sapo(log_ratio, advantages, *config.sapo_temperatures)
+    if config.policy_loss == "gspo":
+        log_ratio = sequence_mean(log_ratio, owners)
+    return clipped_policy(log_ratio, advantages, low, high, config.dual_clip_bound if config.policy_loss == "dual_clip" else math.inf)
+
+
+def clipped_policy(
+    log_ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float, dual: float = math.inf
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate, max(-rho A, -clip(rho, 1 - low, 1 + high) A), float32 [R], and where it is clipped, bool [R].
+
+    Schulman et al. 2017, arXiv:1707.06347, eq. 7; with high > low it is clip-higher, Yu et al. 2025 (DAPO), arXiv:2503.14476, 3.1.
+    log_ratio and advantages float32 [R]; rho = exp(log_ratio), the exponent kept within +-20 so that one absurd token cannot make
+    an infinity. `dual` bounds the loss of tokens with A < 0 by -dual A: Ye et al. 2020, arXiv:1912.09729.
+
+    With the log-ratio of whole sequences (`sequence_mean`) this is GSPO, Zheng et al. 2025, arXiv:2507.18071, whose ranges are
+    a thousand times narrower: 3e-4 and 4e-4.
+    """
+    ratio = log_ratio.clamp(-EXPONENT, EXPONENT).exp()
     plain = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
-    with torch.no_grad():
-        clipped_tokens = (clipped > plain).float().sum()
-        moved = (ratio - 1 - delta).sum()
-    return torch.maximum(plain, clipped).sum(), clipped_tokens, moved
+    terms = torch.maximum(plain, -ratio.clamp(1 - low, 1 + high) * advantages)
+    clipped = terms > plain
+    if dual < math.inf:
+        bound = torch.where(advantages < 0, -dual * advantages, math.inf)
+        clipped = clipped | (bound < terms)
+        terms = torch.minimum(terms, bound)
+    return terms, clipped
+
+
+def sequence_mean(values: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """Every token's value replaced by the mean over its response, float32 [R]; owners int64 [R] says which response it is in."""
+    zeros = torch.zeros(int(owners.max()) + 1 if len(owners) else 0, dtype=values.dtype, device=values.device)
+    means = zeros.index_add(0, owners, values) / zeros.index_add(0, owners, torch.ones_like(values)).clamp(min=1)
+    return means[owners]
+
+
+def cispo(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, advantages: torch.Tensor, low: float, high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-sg(clip(rho, 1 - low, 1 + high)) A log pi, float32 [R], and where the weight is clipped, bool [R]: every token keeps a gradient.
+
+    MiniMax 2025 (M1), arXiv:2506.13585. All inputs float32 [R]; sg stops the gradient. low >= 1 sets no lower bound, as there.
+    """
+    ratio = (log_probs - old_log_probs).detach().clamp(-EXPONENT, EXPONENT).exp()
+    kept = ratio.clamp(1 - low, 1 + high)
+    return -kept * advantages * log_probs, kept != ratio
+
+
+def sapo(log_ratio: torch.Tensor, advantages: torch.Tensor, positive: float, negative: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """-(4 / tau) sigmoid(tau (rho - 1)) A, float32 [R], tau = `positive` where A > 0 and else `negative`; nothing is clipped.
+
+    Gao et al. 2025, arXiv:2511.20347. At rho = 1 its slope is that of -rho A; on both sides it fades.
+    """
+    ratio = log_ratio.clamp(-EXPONENT, EXPONENT).exp()
+    tau = torch.full_like(advantages, negative).masked_fill(advantages > 0, positive)
+    return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * advantages, torch.zeros_like(advantages, dtype=torch.bool)
 
 
 def clipped_value(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip_range: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """0.5 sum_t max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2). Engstrom et al. 2020, arXiv:2005.12729.
+    """0.5 max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2), float32 [R], and where it is clipped, bool [R].
 
-    All inputs float32 [R] over response tokens. Returns (loss sum, number of clipped tokens).
+    All inputs float32 [R] over response tokens. Engstrom et al. 2020, arXiv:2005.12729.
     """
     # Clamped itself, not its distance: old + (values - old) is values only up to rounding, and would count as clipped.
     near = values.clamp(old_values - clip_range, old_values + clip_range)
     plain, clipped = (values - returns).square(), (near - returns).square()
-    return 0.5 * torch.maximum(plain, clipped).sum(), (clipped > plain).float().sum().detach()
+    return 0.5 * torch.maximum(plain, clipped), clipped > plain

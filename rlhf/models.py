@@ -86,8 +86,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.inner = causal_lm
 
-    def forward(self, batch: Batch, temperature: float = 1.0, summed: bool = False) -> torch.Tensor:
-        """log p(tokens[r] | its text before r) for r in batch.rows: float32 [R], of the distribution at `temperature`.
+    def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False, summed: bool = False) -> torch.Tensor:
+        """log p(tokens[r] | its text before r) for r in batch.rows: float32 [R], of the distribution at `temperature`; with `entropy`
+        [R, 2], and the distribution's entropy in the second column. In nats.
 
         With `summed` the cross-entropy alone, -sum_r w_r log p_r, a float32 scalar: no logits are kept for its backward pass.
         """
@@ -96,7 +97,7 @@ class LanguageModel(nn.Module):
         plain = type(head) is nn.Linear and getattr(head, "bias", None) is None  # no adapter in it
         if summed and plain and temperature == 1 and torch.is_grad_enabled():
             return weighted_cross_entropy(hidden, head.weight, targets, batch.weights)
-        found = log_probs(hidden, head, targets, temperature)
+        found = log_probs(hidden, head, targets, temperature, entropy)
         return cross_entropy(found, batch.weights) if summed else found
 
 
@@ -119,16 +120,20 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return out.last_hidden_state[0]
 
 
-def log_probs(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(head(hidden) / temperature)[targets], float32 [R], for hidden [R, d] and targets int64 [R]."""
+def log_probs(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, temperature: float, entropy: bool = False) -> torch.Tensor:
+    """log softmax(head(hidden) / temperature)[targets], float32 [R], for hidden [R, d] and targets int64 [R]; with `entropy` [R, 2], the
+    second column -sum_v p_v log p_v."""
 
     def some(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         logits = head(h).float()
         if temperature != 1.0:
             logits = logits / temperature
-        return -F.cross_entropy(logits, t, reduction="none")
+        found = -F.cross_entropy(logits, t, reduction="none")
+        if not entropy:
+            return found
+        return torch.stack([found, logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)], 1)
 
-    return in_chunks(some, head.weight.shape[0], hidden, targets)
+    return in_chunks(some, head.weight.shape[0], hidden, targets, keep=not entropy)
 
 
 def rows_at_once(vocabulary: int) -> int:
@@ -136,11 +141,11 @@ def rows_at_once(vocabulary: int) -> int:
     return max(1, LOGITS // vocabulary)
 
 
-def in_chunks(function: Callable[..., torch.Tensor], vocabulary: int, *rows: torch.Tensor) -> torch.Tensor:
+def in_chunks(function: Callable[..., torch.Tensor], vocabulary: int, *rows: torch.Tensor, keep: bool = True) -> torch.Tensor:
     """`function(*rows)` of tensors [R, ...], few enough rows at a time that no more than LOGITS logits exist at once; where there are
-    several chunks their logits are computed again for the backward pass."""
+    several chunks their logits are computed again for the backward pass. `keep`: those of a single chunk are not."""
     chunks = list(zip(*(of.split(rows_at_once(vocabulary)) for of in rows), strict=True))
-    if len(chunks) == 1 or not torch.is_grad_enabled():
+    if (len(chunks) == 1 and keep) or not torch.is_grad_enabled():
         return torch.cat([function(*chunk) for chunk in chunks])
     return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 

@@ -3,32 +3,19 @@
     roundhouse explain ppo.kl_coef          # what the last column below says
     roundhouse run recipes/quickstart.yaml ppo.kl_coef=0.05
 
-This file is only the schema. Reading YAML, overrides and error messages are in `recipe_file.py`.
+This file and `recipe_ppo.py` are only the schema. Reading YAML, overrides and error messages are in `recipe_file.py`.
 A field is written as `key(default, meaning, unit=..., source=..., <pydantic constraint>)`.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rlhf.model_sizes import PRESETS
-
-
-def key(default: Any, meaning: str, *, unit: str = "", source: str = "", **limits: Any) -> Any:
-    """A recipe field: its default (`...` = required), what it means, its unit and where it comes from."""
-    return Field(default, description=meaning, json_schema_extra={"unit": unit, "source": source}, **limits)
-
+from rlhf.recipe_base import Optimizer, Section, Source, key
+from rlhf.recipe_ppo import Ppo, disagreements
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # that vLLM's attention has kernels for, on CPUs too
-
-
-class Section(BaseModel):
-    """Unknown keys are errors; nothing changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-Source = Annotated[str, Field(pattern=r"\S")]
 
 
 class Cluster(Section):
@@ -131,41 +118,6 @@ class Model(Section):
         return self
 
 
-class Optimizer(Section):
-    """Fields shared by everything that trains."""
-
-    optimizer: Literal["adamw", "muon"] = key(
-        "adamw",
-        "`muon` moves the matrices of the blocks by Muon, all else by AdamW; the same rates fit both.",
-        source="arXiv:1711.05101; arXiv:2502.16982",
-    )
-    learning_rate: float = key(1e-4, "Peak learning rate.", unit="per step", gt=0)
-    schedule: Literal["cosine", "linear", "wsd"] = key(
-        "cosine",
-        "How the rate falls from its peak; `wsd` keeps it and falls linearly over the last `decay_fraction` of the steps.",
-        source="arXiv:1608.03983; wsd: arXiv:2404.06395",
-    )
-    decay_fraction: float = key(0.2, "Share of the steps over which `wsd` falls.", unit="fraction", gt=0, le=1)
-    warmup_fraction: float = key(0.05, "Share of the steps that ramp the rate up linearly from 0.", unit="fraction", ge=0, le=1)
-    final_lr_fraction: float = key(
-        0.1,
-        "Rate at the end of the schedule, relative to the peak; 1 keeps it constant.",
-        unit="fraction",
-        ge=0,
-        le=1,
-        source="arXiv:1608.03983",
-    )
-    betas: tuple[float, float] = key((0.9, 0.95), "Decay rates of Adam's first and second moment.", source="arXiv:1711.05101")
-    weight_decay: float = key(0.1, "Decoupled weight decay; norms and biases are spared.", ge=0, source="arXiv:1711.05101")
-    max_grad_norm: float = key(1.0, "Gradients are scaled down to this global norm.", unit="L2 norm", gt=0, source="arXiv:1211.5063")
-    activation_checkpointing: Literal["none", "selective", "full"] = key(
-        "none",
-        "Less memory for more work: `full` computes each block twice, `selective` all of it but matmuls and attention.",
-        source="arXiv:1604.06174; arXiv:2205.05198",
-    )
-    compile: bool = key(False, "Compile each block with torch.compile: faster steps after a first one that takes a minute. CPUs need g++.")
-
-
 class Training(Optimizer):
     compile: Literal["auto"] | bool = key(  # type: ignore[assignment]  # decided before a learner sees it
         "auto",
@@ -266,74 +218,6 @@ class Preference(Training):
     weight_decay: float = key(0.0, "Decoupled weight decay; norms and biases are spared.", ge=0, source="arXiv:1711.05101")
 
 
-class Group(Section):
-    """One role of the actor graph: its own placement group of `workers` actors."""
-
-    workers: int = key(1, "Actors of this group; they form one process group (for rollout: independent engines).", unit="actors", ge=1)
-    cpus: float = key(1, "CPU cores of each actor, as Ray schedules them.", unit="cores", ge=0)
-    gpus: float = key(0, "GPUs of each actor.", unit="GPUs", ge=0)
-    threads: int = key(1, "Compute threads of each actor.", unit="threads", ge=1)
-
-
-class Groups(Section):
-    policy: Group = key(Group(), "The model that learns.")
-    reference: Group = key(Group(), "The frozen model that KL is measured against.")
-    reward: Group = key(Group(), "The reward model.")
-    critic: Group = key(Group(), "The value model.")
-    rollout: Group = key(Group(), "vLLM engines that write the responses.")
-
-
-class Ppo(Optimizer):
-    micro_batch: int = key(
-        4096, "Tokens of one forward and backward pass of one worker; samples are packed up to it without padding.", unit="tokens", ge=16
-    )
-    groups: Groups = key(Groups(), "The actors, CPUs and GPUs of each role.")
-    steps: int = key(40, "PPO steps: one rollout and `epochs` passes over it each.", unit="steps", ge=1)
-    rollout_batch: int = key(64, "Prompts answered per step.", unit="prompts", ge=1)
-    global_batch: int = key(32, "Samples per optimizer step.", unit="samples", ge=1)
-    epochs: int = key(2, "Passes over each rollout.", unit="epochs", ge=1)
-    max_prompt_tokens: int = key(64, "Longer prompts are dropped, and counted.", unit="tokens", ge=1)
-    max_response_tokens: int = key(32, "Responses are cut off here.", unit="tokens", ge=1)
-    temperature: float = key(1.0, "Sampling temperature; log-probabilities are those of this distribution.", gt=0)
-    learning_rate: float = key(1e-5, "Peak learning rate of the policy.", unit="per step", gt=0)
-    critic_learning_rate: float = key(1e-4, "Peak learning rate of the critic.", unit="per step", gt=0)
-    weight_decay: float = key(0.0, "Decoupled weight decay; norms and biases are spared.", ge=0, source="arXiv:1711.05101")
-    kl_coef: float = key(
-        0.05,
-        "Weight of the penalty -kl_coef * (log pi_old - log pi_ref) added to every token's reward.",
-        unit="reward per nat",
-        ge=0,
-        source="arXiv:1909.08593, arXiv:2203.02155",
-    )
-    kl_target: float | None = key(
-        None,
-        "`kl_coef` is where the weight starts; every step moves it so that answers stay this far from the reference. Default: it stays.",
-        unit="nats per response",
-        gt=0,
-        source="arXiv:1909.08593, section 2.2",
-    )
-    kl_horizon: int = key(10_000, "Samples in which the weight may grow or shrink by 20 %. With `kl_target`.", unit="samples", ge=1)
-    gamma: float = key(1.0, "Discount of rewards per token.", ge=0, le=1, source="arXiv:1506.02438")
-    lam: float = key(0.95, "Lambda of generalised advantage estimation.", ge=0, le=1, source="arXiv:1506.02438")
-    clip_range: float = key(0.2, "Policy ratios are clipped to 1 +- this.", gt=0, source="arXiv:1707.06347")
-    value_clip_range: float = key(0.5, "New values are clipped to the old ones +- this.", gt=0, source="arXiv:1707.06347")
-    reward_clip: float = key(10.0, "Scores are clipped to +- this.", gt=0)
-    unfinished_penalty: float = key(
-        0.0,
-        "Taken from the score of a response that was cut off at `max_response_tokens`.",
-        unit="reward",
-        ge=0,
-        source="TRL, missing_eos_penalty",
-    )
-    whiten_advantages: bool = key(True, "Advantages get mean 0 and variance 1 over all response tokens of the rollout.")
-    log_prob_gap_limit: float | None = key(
-        None,
-        "The run stops when engine and policy disagree by more than this after a weight sync. Default: 1e-3 in fp32, 0.2 in bf16.",
-        unit="nats",
-    )
-    checkpoint_every: int = key(10, "Steps between two checkpoints.", unit="steps", ge=1)
-
-
 class Evaluate(Section):
     prompts: int = key(128, "Held-out prompts that both models answer.", unit="prompts", ge=2)
     scorer: Literal["afinn", "vader"] = key(
@@ -401,10 +285,7 @@ class Recipe(Section):
         ):
             if isinstance(budget, int) and length > budget:
                 wrong.append(f"{name} = {length} does not fit into micro_batch = {budget} of that stage")
-        if self.ppo.kl_horizon < self.ppo.rollout_batch:
-            wrong.append(f"ppo.kl_horizon = {self.ppo.kl_horizon} is smaller than ppo.rollout_batch = {self.ppo.rollout_batch}")
-        if self.ppo.global_batch > self.ppo.rollout_batch:
-            wrong.append(f"ppo.global_batch = {self.ppo.global_batch} is larger than ppo.rollout_batch = {self.ppo.rollout_batch}")
+        wrong += disagreements(self.ppo)
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rlhf.errors import RecipeError
 from rlhf.recipe import Recipe
 from rlhf.recipe_keys import nearest_key, section_at
+from rlhf.recipe_ppo import idle
 
 KeyPath = tuple[str | int, ...]
 
@@ -64,8 +65,8 @@ def resolved(recipe: Recipe) -> str:
     Keys that have no effect in this recipe are left out, since `load` refuses them.
     """
     values = recipe.model_dump(mode="json")
-    for section, key in _idle_keys(values):
-        values[section].pop(key, None)
+    for path in _idle_keys(values):
+        _section(values, *path[:-1]).pop(path[-1], None)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -168,23 +169,22 @@ def _from_check(where: KeyPath, text: str) -> Problem:
     return Problem((*where, *named), prefix + text) if known else Problem(where, f": {text}" if where else text)
 
 
-def _idle_keys(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """(section, key) of the keys that this recipe never reads, because of another key."""
-    model, tokenizer = _section(values, "model"), _section(values, "tokenizer")
-    idle: list[tuple[str, str]] = []
-    if model.get("init") is not None:
-        idle += [("model", k) for k in section_at(("model",)).model_fields if k != "init"]
-    if tokenizer.get("encoding", "train") != "train":
-        idle += [("tokenizer", "vocab_size")]
-    return idle
+def _idle_keys(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
+    """The keys that this recipe never reads, because of another key: path -> why."""
+    found: dict[tuple[str, ...], str] = {}
+    if _section(values, "model").get("init") is not None:
+        others = [("model", k) for k in section_at(("model",)).model_fields if k != "init"]
+        found |= dict.fromkeys(others, "model.init brings a model of its own")
+    if _section(values, "tokenizer").get("encoding", "train") != "train":
+        found["tokenizer", "vocab_size"] = "tokenizer.encoding names a ready vocabulary"
+    return found | {("ppo", *path): why for path, why in idle(_section(values, "ppo")).items()}
 
 
 def _keys_without_effect(values: dict[str, Any]) -> list[Problem]:
-    because = {"model": "model.init brings a model of its own", "tokenizer": "tokenizer.encoding names a ready vocabulary"}
     return [
-        Problem((section, key), f"would have no effect: {because[section]}; remove one of the two")
-        for section, key in _idle_keys(values)
-        if key in _section(values, section)
+        Problem(path, f"would have no effect: {why}; remove one of the two")
+        for path, why in _idle_keys(values).items()
+        if path[-1] in _section(values, *path[:-1])
     ]
 
 

@@ -29,6 +29,7 @@ class Key:
     unit: str
     limits: str
     source: str
+    values: str = ""  # what they stand for, a line each
 
 
 def explain(name: str | None = None) -> list[Key]:
@@ -102,7 +103,7 @@ def _key(name: str, field: FieldInfo, default: Any) -> Key:
     if _section_type(field):
         return Key(name, field.description or "", "section", None, unit, "", source)
     shown = "required" if field.is_required() else _text(default)
-    return Key(name, field.description or "", _type(field.annotation), shown, unit, _limits(field), source)
+    return Key(name, field.description or "", _type(field.annotation), shown, unit, _limits(field), source, str(extra.get("values", "")))
 
 
 def _text(value: Any) -> str:

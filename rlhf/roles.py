@@ -10,6 +10,7 @@ Who scores which sample is arithmetic, so the ranks need not talk about it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from data.order import sample_index
 from data.packing import balance, pack
 from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples
 from rlhf.learner import Learner, Loss, full_weights, shard
-from rlhf.losses import clipped_policy, clipped_value
+from rlhf.losses import clipped_value, kl, policy_loss
 from rlhf.models import Batch, LanguageModel, ScalarModel, load_causal_lm, load_critic, load_reward_model, save_model
-from rlhf.recipe import Recipe
+from rlhf.recipe import Ppo, Recipe
+from rlhf.shaping import Running
 
 Weights = dict[str, np.ndarray[Any, Any]]
 Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -109,9 +111,9 @@ class LearningRole(Role):
     def resume(self, step: int) -> None:
         self.learner.load(self.checkpoints, step)
 
-    def learn(self, experience: Experience, step: int, extras: dict[str, Floats], loss: Loss) -> dict[str, float]:
+    def learn(self, rollout: Rollout, step: int, extras: dict[str, Floats], weights: Floats, loss: Loss) -> dict[str, float]:
         """`epochs` passes over the rollout in mini-batches of `global_batch` samples; returns the mean of each metric."""
-        packable = samples(experience.rollout, extras)
+        packable = samples(rollout, extras, weights)
         n, size, history = len(packable), self.config.global_batch, []
         for epoch in range(self.config.epochs):
             order = sample_index(self.recipe.seed, step * self.config.epochs + epoch, np.arange(n), n, "ppo")
@@ -136,15 +138,31 @@ class PolicyWorker(LearningRole):
         self.learner.model.eval()
         return self.score(rollouts, lambda batch: self.learner.model(batch, self.config.temperature), _per_response_token)
 
-    def update(self, experience: Experience, step: int) -> dict[str, float]:
-        def loss(model: torch.nn.Module, batch: Batch) -> Sums:
-            now = model(batch, self.config.temperature)
-            old, advantages = batch.extras["log_probs"][batch.rows], batch.extras["advantages"][batch.rows]
-            value, clipped, moved = clipped_policy(now, old, advantages, self.config.clip_range)
-            return value, {"clip_fraction": clipped, "update_kl": moved}
+    def experience(
+        self,
+        rollouts: list[ObjectRef],
+        parts: dict[str, list[ObjectRef]],
+        running: Running,
+        greedy: list[ObjectRef],
+    ) -> tuple[Experience, dict[str, float]]:
+        """From the roles' shares to what the update needs, and the step's figures. Called on rank 0 alone.
 
-        extras = {"log_probs": experience.log_probs, "advantages": experience.advantages}
-        return self.learn(experience, step, extras, loss)
+        parts: `log_probs`, `ref_log_probs`, `rewards`, and perhaps `values` or `baselines`, one share per rank of the role;
+        `baselines` are of the rollouts in `greedy`.
+        """
+        rollout, compared = merge(ray.get(rollouts)), merge(ray.get(greedy)) if greedy else None
+        found = {}
+        for name, shares in parts.items():
+            lengths = rollout.response_lengths
+            if name in ("rewards", "baselines"):
+                lengths = _one_each(compared if name == "baselines" and compared is not None else rollout)
+            found[name] = align(ray.get(shares), lengths)
+        return estimate(rollout, found, self.config, running, compared)
+
+    def update(self, experience: Experience, step: int) -> dict[str, float]:
+        extras = {name: getattr(experience, name) for name in ("log_probs", "ref_log_probs", "advantages", "shares")}
+        loss = partial(policy_objective, config=self.config, kl_coef=experience.kl_coef)
+        return self.learn(experience.rollout, step, extras, experience.weights, loss)
 
     def weights(self) -> Weights:
         return gathered(self.learner.model, self.rank)
@@ -171,23 +189,32 @@ class CriticWorker(LearningRole):
         self.learner.model.eval()
         return self.score(rollouts, lambda batch: self.learner.model(batch)[batch.before], _per_response_token)
 
-    def experience(
-        self, rollouts: list[ObjectRef], parts: dict[str, list[ObjectRef]], kl_coef: float
-    ) -> tuple[Experience, dict[str, float]]:
-        """From the roles' shares to what the update needs, and the step's figures. Called on rank 0 alone.
-
-        parts: `log_probs`, `ref_log_probs`, `rewards`, `values`, one share per rank of the role.
-        """
-        rollout = merge(ray.get(rollouts))
-        one_each, lengths = np.ones_like(rollout.index), rollout.response_lengths
-        found = {name: align(ray.get(shares), one_each if name == "rewards" else lengths) for name, shares in parts.items()}
-        return estimate(rollout, found, self.config, kl_coef)
-
     def update(self, experience: Experience, step: int) -> dict[str, float]:
-        def loss(model: torch.nn.Module, batch: Batch) -> Sums:
-            now = model(batch)[batch.before]
-            old, returns = batch.extras["values"][batch.rows], batch.extras["returns"][batch.rows]
-            value, clipped = clipped_value(now, old, returns, self.config.value_clip_range)
-            return value, {"clip_fraction": clipped}
+        values, returns = experience.values, experience.returns
+        assert values is not None
+        assert returns is not None
+        extras = {"values": values, "returns": returns}
+        counted = (experience.weights > 0).astype(np.float32)  # every token of a critic counts the same
+        return self.learn(experience.rollout, step, extras, counted, partial(value_objective, config=self.config))
 
-        return self.learn(experience, step, {"values": experience.values, "returns": experience.returns}, loss)
+
+def policy_objective(model: torch.nn.Module, batch: Batch, config: Ppo, kl_coef: float) -> Sums:
+    """sum_t share_t (policy loss + kl_coef KL(pi || pi_ref) - entropy_coef entropy)_t over the counted response tokens."""
+    at = {name: values[batch.rows] for name, values in batch.extras.items()}
+    found = model(batch, config.temperature, config.entropy_coef > 0)
+    now = found[:, 0] if config.entropy_coef else found
+    terms, clipped = policy_loss(now, at["log_probs"], at["advantages"], batch.owners, config)
+    figures = {"clip_fraction": clipped.float(), "update_kl": kl(at["log_probs"] - now, "k3")}
+    if kl_coef:
+        apart = kl(now - at["ref_log_probs"], config.kl_estimator)
+        terms, figures["reference_kl"] = terms + kl_coef * apart, apart
+    if config.entropy_coef:
+        terms, figures["entropy"] = terms - config.entropy_coef * found[:, 1], found[:, 1]
+    return (at["shares"] * terms).sum(), {name: (batch.weights * value.detach()).sum() for name, value in figures.items()}
+
+
+def value_objective(model: torch.nn.Module, batch: Batch, config: Ppo) -> Sums:
+    """sum_t of the clipped value loss over the counted response tokens; the value is that of the state before the token."""
+    now, old, returns = model(batch)[batch.before], batch.extras["values"][batch.rows], batch.extras["returns"][batch.rows]
+    terms, clipped = clipped_value(now, old, returns, config.value_clip_range)
+    return terms.sum(), {"clip_fraction": clipped.float().sum()}

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rlhf.losses import clipped_policy, clipped_value, cross_entropy, pairwise_ranking
+from rlhf.losses import cispo, clipped_policy, clipped_value, cross_entropy, kl, pairwise_ranking, policy_loss, sapo
+from rlhf.recipe import Ppo
 
 few = settings(max_examples=60, deadline=None)
 numbers = st.floats(-4, 4, width=32)
@@ -50,71 +51,166 @@ def test_pairwise_ranking_stays_finite() -> None:
     assert loss.item() == pytest.approx(1000.0)
 
 
+RANGES = st.sampled_from([(0.1, 0.1), (0.2, 0.28), (0.5, 0.3), (1.5, 4.0)])
+
+
 @few
-@given(rows(3), st.sampled_from([0.1, 0.2, 0.5]))
-def test_clipped_policy(values: list[np.ndarray], clip: float) -> None:
-    now, old, advantages = tensors(values)
-    loss, clipped, moved = clipped_policy(now, old, advantages, clip)
-    loss.backward()
-
-    expected, expected_clipped, kl, gradient = 0.0, 0, 0.0, []
-    for n, o, a in zip(*(v.astype(np.float64) for v in values), strict=True):
-        ratio = math.exp(n - o)
-        kept = min(max(ratio, 1 - clip), 1 + clip)
-        objective = min(ratio * a, kept * a)
-        expected -= objective
-        hit = kept * a < ratio * a
-        expected_clipped += hit
-        kl += ratio - 1 - (n - o)
-        gradient.append(0.0 if hit else -ratio * a)  # d ratio / d now = ratio
-    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    assert clipped.item() == expected_clipped
-    assert moved.item() == pytest.approx(kl, rel=1e-9, abs=1e-9)
-    # At a ratio of exactly 1 +- clip either slope is right; a float there is a coincidence worth leaving out.
-    ratios = np.exp(values[0].astype(np.float64) - values[1].astype(np.float64))
-    smooth = np.abs(np.abs(ratios - 1) - clip) > 1e-9
-    np.testing.assert_allclose(now.grad.numpy()[smooth], np.array(gradient)[smooth], rtol=1e-9, atol=1e-9)
+@given(rows(2), RANGES, st.sampled_from([math.inf, 3.0, 1.2]))
+def test_clipped_policy(values: list[np.ndarray], ranges: tuple[float, float], dual: float) -> None:
+    low, high = ranges
+    log_ratio, advantages = tensors(values)
+    terms, clipped = clipped_policy(log_ratio, advantages, low, high, dual)
+    terms.sum().backward()
+    expected, hit, gradient = [], [], []
+    for d, a in zip(*(v.astype(np.float64) for v in values), strict=True):
+        ratio = math.exp(d)
+        objective = min(ratio * a, min(max(ratio, 1 - low), 1 + high) * a)
+        floor = dual * a if a < 0 else -math.inf
+        expected.append(-max(objective, floor))
+        hit.append(bool(objective < ratio * a or floor > objective))
+        gradient.append(0.0 if hit[-1] else -ratio * a)  # d ratio / d log_ratio = ratio
+    assert terms.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    ratios = np.exp(values[0].astype(np.float64))
+    # At the kinks either slope is right; a float there is a coincidence worth leaving out.
+    smooth = np.min(np.abs(ratios - np.array([[1 - low], [1 + high], [dual]])), axis=0) > 1e-9
+    assert clipped.numpy()[smooth].tolist() == np.array(hit, bool)[smooth].tolist()
+    np.testing.assert_allclose(log_ratio.grad.numpy()[smooth], np.array(gradient)[smooth], rtol=1e-9, atol=1e-9)
     assert not clipped.requires_grad
-    assert not moved.requires_grad
 
 
-def test_first_step_of_ppo_has_ratio_one_and_the_policy_gradient() -> None:
+def test_clip_higher_and_dual_clip_by_hand() -> None:
+    """A ratio of 1.25: past 1.2, within DAPO's 1.28. A ratio of 10 with A = -1 costs 10, and 3 with the dual clip."""
+    up, one, ten = torch.tensor([1.25]).log(), torch.tensor([1.0]), torch.tensor([10.0]).log()
+    assert clipped_policy(up, one, 0.2, 0.2)[0].item() == pytest.approx(-1.2)
+    assert clipped_policy(up, one, 0.2, 0.28)[0].item() == pytest.approx(-1.25)
+    assert clipped_policy(ten, -one, 0.2, 0.2)[0].item() == pytest.approx(10)
+    assert clipped_policy(ten, -one, 0.2, 0.2, 3.0)[0].item() == pytest.approx(3)
+
+
+LOSSES = {
+    "clip": {},
+    "dual_clip": {"policy_loss": "dual_clip"},
+    "gspo": {"policy_loss": "gspo", "clip_range_low": 0.3, "clip_range_high": 0.4},
+    "cispo": {"policy_loss": "cispo", "clip_range_low": 1.0, "clip_range_high": 0.5},
+    "sapo": {"policy_loss": "sapo"},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_at_ratio_one_every_loss_has_the_policy_gradient(name: str) -> None:
+    """-A per token; gspo shares its answer's out evenly."""
     log_probs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
-    advantages = torch.tensor([1.0, -2.0, 0.5])
-    loss, clipped, moved = clipped_policy(log_probs, log_probs.detach(), advantages, 0.2)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.5)  # -sum of the advantages
-    assert (clipped.item(), moved.item()) == (0.0, 0.0)
-    assert log_probs.grad.tolist() == (-advantages).tolist()
+    advantages, owners = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0, 0, 1])
+    terms, clipped = policy_loss(log_probs, log_probs.detach(), advantages, owners, Ppo(**LOSSES[name]))
+    terms.sum().backward()
+    expected = [0.5, 0.5, -0.5] if name == "gspo" else (-advantages).tolist()
+    assert log_probs.grad.tolist() == pytest.approx(expected)
+    assert not clipped.any()
+
+
+@few
+@given(st.lists(st.sampled_from([1, 1, 2, 3, 5]), max_size=5), st.integers(0, 10**6))
+def test_gspo_equals_its_formula_answer_by_answer(lengths: list[int], seed: int) -> None:
+    """-min(s A, clip(s) A) with s = (pi(y) / pi_old(y))^(1 / |y|); the gradient by autograd of that formula."""
+    rng = np.random.default_rng(seed)
+    now, old = (torch.from_numpy(rng.normal(-2, 0.5, sum(lengths))).requires_grad_() for _ in range(2))
+    of_answers = torch.from_numpy(rng.normal(size=len(lengths)))
+    owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    terms, _ = policy_loss(now, old, of_answers[owners], owners, Ppo(**LOSSES["gspo"]))
+    shares = torch.from_numpy(np.repeat(1 / np.maximum(lengths, 1), lengths)) if lengths else torch.zeros(0)
+    (gradient,) = torch.autograd.grad((shares * terms).sum(), now)
+
+    formula = torch.zeros((), dtype=torch.float64)
+    for i in range(len(lengths)):
+        s = ((now - old)[owners == i].sum() / lengths[i]).exp()
+        formula = formula - torch.minimum(s * of_answers[i], s.clamp(0.7, 1.4) * of_answers[i])
+    assert (shares * terms).sum().item() == pytest.approx(formula.item(), rel=1e-9, abs=1e-9)
+    if lengths:
+        torch.testing.assert_close(gradient, torch.autograd.grad(formula, now)[0], rtol=1e-9, atol=1e-9)
+
+
+@few
+@given(rows(3), RANGES)
+def test_cispo_clips_weights_but_no_gradient(values: list[np.ndarray], ranges: tuple[float, float]) -> None:
+    now, old, advantages = tensors(values)
+    terms, clipped = cispo(now, old, advantages, *ranges)
+    terms.sum().backward()
+    n, o, a = (v.astype(np.float64) for v in values)
+    weights = np.clip(np.exp(n - o), 1 - ranges[0], 1 + ranges[1])
+    assert terms.tolist() == pytest.approx((-weights * a * n).tolist(), rel=1e-9, abs=1e-9)
+    np.testing.assert_allclose(now.grad.numpy(), -weights * a, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(clipped.numpy(), weights != np.exp(n - o))
+
+
+@few
+@given(rows(2))
+def test_sapo(values: list[np.ndarray]) -> None:
+    log_ratio, advantages = tensors(values)
+    terms, _ = sapo(log_ratio, advantages, 1.0, 1.05)
+    terms.sum().backward()
+    for d, a, term, slope in zip(*values, terms.tolist(), log_ratio.grad.tolist(), strict=True):
+        ratio, tau = math.exp(d), 1.0 if a > 0 else 1.05
+        gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+        assert term == pytest.approx(-4 / tau * gate * float(a), rel=1e-9, abs=1e-12)
+        assert slope == pytest.approx(-4 * gate * (1 - gate) * ratio * float(a), rel=1e-6, abs=1e-12)
 
 
 def test_an_absurd_token_makes_no_infinity() -> None:
-    now = torch.tensor([0.0], requires_grad=True)
-    loss, _, moved = clipped_policy(now, torch.tensor([-1e4]), torch.tensor([-1.0]), 0.2)
-    loss.backward()
-    assert math.isfinite(loss.item())
-    assert math.isfinite(moved.item())
-    assert now.grad.tolist() == [0.0]
+    for config in LOSSES.values():
+        now = torch.tensor([0.0], requires_grad=True)
+        terms, _ = policy_loss(now, torch.tensor([-1e4]), torch.tensor([-1.0]), torch.tensor([0]), Ppo(**config))
+        terms.sum().backward()
+        assert math.isfinite(terms.item())
+        assert math.isfinite(now.grad.item())
+    assert all(math.isfinite(kl(torch.tensor(-1e4), k).item()) for k in ("k1", "k2", "k3"))
+
+
+@few
+@given(rows(1))
+def test_kl_estimators(values: list[np.ndarray]) -> None:
+    d = values[0].astype(np.float64)
+    for name, expected in {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}.items():
+        found = kl(torch.from_numpy(d), name)
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-12)
+        assert name == "k1" or (found >= -1e-12).all()
+
+
+def test_the_mean_of_an_estimator_is_the_kl_and_its_gradient_is_what_the_docstring_says() -> None:
+    """Over all tokens of two small distributions, by enumeration: no sampling noise."""
+    logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.1, 0.2, -0.5], dtype=torch.float64).log_softmax(0)
+    p, log_p = logits.softmax(0).detach(), logits.log_softmax(0)
+    true = (logits.softmax(0) * (log_p - reference)).sum()
+    for name in ("k1", "k3"):
+        assert (p * kl(log_p - reference, name)).sum().item() == pytest.approx(true.item(), rel=1e-9)
+
+    def slope(value: torch.Tensor) -> list[float]:
+        return torch.autograd.grad(value, logits, retain_graph=True)[0].tolist()
+
+    reverse = (reference.exp() * (reference - log_p)).sum()  # KL(ref || pi)
+    assert slope((p * kl(log_p - reference, "k1")).sum()) == pytest.approx([0, 0, 0], abs=1e-12)
+    assert slope((p * kl(log_p - reference, "k2")).sum()) == pytest.approx(slope(true), rel=1e-9)
+    assert slope((p * kl(log_p - reference, "k3")).sum()) == pytest.approx(slope(reverse), rel=1e-9)
 
 
 @few
 @given(rows(3), st.sampled_from([0.2, 0.5]))
 def test_clipped_value(values: list[np.ndarray], clip: float) -> None:
     now, old, returns = tensors(values)
-    loss, clipped = clipped_value(now, old, returns, clip)
+    terms, clipped = clipped_value(now, old, returns, clip)
     expected, counted, edges = 0.0, 0, 0
     for v, o, g in zip(*(x.astype(np.float64) for x in values), strict=True):
         near = v if abs(v - o) <= clip else o + math.copysign(clip, v - o)
         expected += 0.5 * max((v - g) ** 2, (near - g) ** 2)
         counted += (near - g) ** 2 > (v - g) ** 2
         edges += abs(abs(v - o) - clip) < 1e-6  # inside or outside: a matter of rounding
-    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    assert abs(clipped.item() - counted) <= edges
+    assert terms.sum().item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert abs(int(clipped.sum()) - counted) <= edges
 
 
 def test_values_within_the_range_do_not_count_as_clipped() -> None:
     old, now, returns = torch.randn(3, 10_000, generator=torch.Generator().manual_seed(0))
-    assert clipped_value(now, old, returns, clip_range=20.0)[1].item() == 0
+    assert clipped_value(now, old, returns, clip_range=20.0)[1].sum() == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -125,8 +221,9 @@ def test_gradients_equal_finite_differences(seed: int) -> None:
     a.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, b), a)
     assert torch.autograd.gradcheck(lambda x: pairwise_ranking(x, b).sum(), a)
-    assert torch.autograd.gradcheck(lambda x: clipped_policy(x, b, c, 0.2)[0], a)
+    assert torch.autograd.gradcheck(lambda x: clipped_policy(x - b, c, 0.2, 0.3, 3.0)[0], a)
     assert torch.autograd.gradcheck(lambda x: clipped_value(x, b, c, 0.3)[0], a)
+    assert torch.autograd.gradcheck(lambda x: kl(x - b, "k3"), a)
 
 
 def test_sums_add_up() -> None:
@@ -135,8 +232,8 @@ def test_sums_add_up() -> None:
     for loss in (
         lambda i: cross_entropy(a[i], b[i]),
         lambda i: pairwise_ranking(a[i], b[i]).sum(),
-        lambda i: clipped_policy(a[i], b[i], c[i], 0.2)[0],
-        lambda i: clipped_value(a[i], b[i], c[i], 0.2)[0],
+        lambda i: clipped_policy(a[i] - b[i], c[i], 0.2, 0.2)[0].sum(),
+        lambda i: clipped_value(a[i], b[i], c[i], 0.2)[0].sum(),
     ):
         whole, parts = loss(slice(None)), loss(slice(0, 4)) + loss(slice(4, 4)) + loss(slice(4, None))
         assert whole.item() == pytest.approx(parts.item())

@@ -118,6 +118,26 @@ def test_summed_is_the_sum_whatever_the_output_layer(bias: bool) -> None:
         torch.testing.assert_close(ours, p.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [0, 3, 5, 12])
+def test_entropy_beside_the_log_probs(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-sum p log p of the distribution at the temperature, its gradient too; no logits outlive the forward pass, even of one chunk."""
+    monkeypatch.setattr(models, "LOGITS", 5 * 64)
+    torch.manual_seed(rows)
+    head = torch.nn.Linear(8, 64, bias=False)
+    hidden, targets, weight = torch.randn(rows, 8, requires_grad=True), torch.randint(64, (rows,)), torch.randn(rows, 2)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        found = log_probs(hidden, head, targets, 0.7, entropy=True)
+    assert found.shape == (rows, 2)
+    assert max(kept, default=0) < max(1, min(rows, 5)) * 64
+    (gradient,) = torch.autograd.grad((found * weight).sum(), hidden)
+
+    log_p = F.log_softmax(head(hidden) / 0.7, dim=-1)
+    full = torch.stack([log_p[torch.arange(rows), targets], -(log_p.exp() * log_p).sum(-1)], 1)
+    torch.testing.assert_close(found, full, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(gradient, torch.autograd.grad((full * weight).sum(), hidden)[0], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_no_rows_no_log_probs(with_gradient: bool) -> None:
     """A rank may be idle: its micro-batch counts nothing, but its backward pass must still take place."""

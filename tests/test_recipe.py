@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlhf import recipe_file, recipe_keys
 from rlhf.errors import RecipeError
-from rlhf.recipe import Recipe
+from rlhf.recipe import Ppo, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -159,3 +159,95 @@ def test_explain_knows_every_key() -> None:
     assert keys["pretrain.learning_rate"].default == "0.003"  # the section's own default, not the shared one
     with pytest.raises(RecipeError, match=r"did you mean ppo\.kl_coef"):
         recipe_keys.explain("ppo.klcoef")
+
+
+# ------------------------------------------------------------------------------------------------ ppo and its family
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (("ppo.advantage=grpo",), "ppo.samples_per_prompt = 1 leaves ppo.advantage = grpo nothing to compare"),
+        (("ppo.drop_equal_groups=true",), "ppo.samples_per_prompt = 1 leaves ppo.drop_equal_groups nothing to compare"),
+        (("ppo.kl_estimator=k1", "ppo.kl_in=loss"), "ppo.kl_estimator = k1 pulls nowhere as a loss"),
+        (("ppo.overlong_buffer=64",), "ppo.overlong_buffer = 64 is larger than ppo.max_response_tokens = 32"),
+        (("ppo.kl_horizon=100", "ppo.samples_per_prompt=2"), "ppo.kl_horizon = 100 is smaller than ppo.rollout_batch = 64 x ppo.samples"),
+        (("ppo.advantage=ppo",), "ppo.advantage should be 'gae', 'grpo'"),
+        (("ppo.preset=trlx",), "ppo.preset should be 'trl', 'verl' or 'openrlhf'"),
+        (("ppo.preset=[1]",), "ppo.preset should be 'trl'"),
+    ],
+)
+def test_ppo_keys_that_cannot_be_together(recipe_path: Path, overrides: tuple[str, ...], what: str) -> None:
+    message = complaint(recipe_path, *overrides)
+    assert f"override {overrides[0]}: {what}" in message, message
+
+
+GRPO = ("ppo.advantage=grpo", "ppo.samples_per_prompt=4")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "why"),
+    [
+        ((*GRPO, "ppo.groups.critic.cpus=2"), "ppo.groups.critic", "ppo.advantage = grpo has no critic"),
+        ((*GRPO, "ppo.critic_learning_rate=1e-4"), "ppo.critic_learning_rate", "ppo.advantage = grpo has no critic"),
+        ((*GRPO, "ppo.value_clip_range=0.2"), "ppo.value_clip_range", "ppo.advantage = grpo has no critic"),
+        ((*GRPO, "ppo.lam=1"), "ppo.lam", "ppo.advantage = grpo has no critic"),
+        (("ppo.advantage=remax", "ppo.gamma=0.9"), "ppo.gamma", "ppo.advantage = remax does not discount"),
+        (("ppo.kl_coef=0", "ppo.kl_estimator=k3"), "ppo.kl_estimator", "ppo.kl_coef = 0 measures the KL, and does no more"),
+        (("ppo.policy_loss=sapo", "ppo.clip_range=0.1"), "ppo.clip_range", "ppo.policy_loss = sapo clips nothing"),
+        (("ppo.dual_clip_bound=2",), "ppo.dual_clip_bound", "ppo.policy_loss = clip does not read it"),
+        (("ppo.sapo_temperatures=[1, 2]",), "ppo.sapo_temperatures", "ppo.policy_loss = clip does not read it"),
+        (
+            ("ppo.clip_range=0.2", "ppo.clip_range_low=0.2", "ppo.clip_range_high=0.28"),
+            "ppo.clip_range",
+            "ppo.clip_range_low and ppo.clip_range_high take its place",
+        ),
+        (("ppo.overlong_penalty=2",), "ppo.overlong_penalty", "ppo.overlong_buffer = 0 knows no overlong response"),
+        (("ppo.importance=truncated", "ppo.importance_floor=0.1"), "ppo.importance_floor", "ppo.importance = truncated does not read it"),
+        (("ppo.importance_cap=3",), "ppo.importance_cap", "ppo.importance is none"),
+        (("ppo.whiten_advantages=false", "ppo.unbiased_whitening=true"), "ppo.unbiased_whitening", "ppo.whiten_advantages is off"),
+    ],
+)
+def test_ppo_keys_without_effect(recipe_path: Path, overrides: tuple[str, ...], key: str, why: str) -> None:
+    assert f"{key} would have no effect: {why}; remove one of the two" in complaint(recipe_path, *overrides)
+
+
+def test_what_other_keys_decide(recipe_path: Path) -> None:
+    for advantage, whitens in {"gae": True, "reinforce++": True, "remax": False}.items():
+        assert recipe_file.load(recipe_path, [f"ppo.advantage={advantage}"]).ppo.whiten_advantages is whitens
+    assert recipe_file.load(recipe_path, [*GRPO]).ppo.whiten_advantages is False
+    assert recipe_file.load(recipe_path, [*GRPO, "ppo.whiten_advantages=true"]).ppo.whiten_advantages is True
+    assert recipe_file.load(recipe_path, ["ppo.kl_in=loss"]).ppo.kl_estimator == "k3"
+    ranges = recipe_file.load(recipe_path, ["ppo.clip_range=0.1", "ppo.clip_range_high=0.28"]).ppo.clip_ranges
+    assert ranges == (0.1, 0.28)
+
+
+PUBLISHED = {  # what these libraries' defaults are
+    "trl": """
+        learning_rate=3e-6 critic_learning_rate=3e-6 schedule=linear final_lr_fraction=0 warmup_fraction=0 betas=[0.9,0.999] weight_decay=0
+        max_grad_norm=.inf epochs=4 temperature=0.7 kl_coef=0.05 kl_estimator=k1 kl_in=reward gamma=1 lam=0.95 policy_loss=clip
+        clip_range=0.2 value_clip_range=0.2 reward_clip=.inf unbiased_whitening=true""",
+    "verl": """
+        learning_rate=1e-6 critic_learning_rate=1e-5 final_lr_fraction=1 warmup_fraction=0 betas=[0.9,0.999] weight_decay=0.01
+        max_grad_norm=1 rollout_batch=1024 global_batch=256 epochs=1 temperature=1 kl_coef=0 kl_estimator=k3 kl_in=loss gamma=1 lam=1
+        policy_loss=dual_clip dual_clip_bound=3 clip_range=0.2 value_clip_range=0.5 reward_clip=.inf unbiased_whitening=true""",
+    "openrlhf": """
+        learning_rate=1e-6 critic_learning_rate=9e-6 schedule=cosine warmup_fraction=0.03 final_lr_fraction=0.1 betas=[0.9,0.95]
+        weight_decay=0 max_grad_norm=1 epochs=1 temperature=1 kl_coef=0.01 kl_estimator=k1 kl_in=reward gamma=1 lam=1 policy_loss=clip
+        clip_range=0.2 value_clip_range=0.5 reward_clip=10 unbiased_whitening=false""",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets(recipe_path: Path, name: str, tmp_path: Path) -> None:
+    recipe = recipe_file.load(recipe_path, [f"ppo.preset={name}"])
+    for key, value in (pair.split("=") for pair in PUBLISHED[name].split()):
+        assert getattr(recipe.ppo, key) == getattr(Ppo(**{key: yaml.safe_load(value)}), key), key
+    own = recipe_file.load(recipe_path, [f"ppo.preset={name}", "ppo.kl_coef=0.3", *GRPO])
+    assert own.ppo.kl_coef == 0.3
+    assert own.ppo.learning_rate == recipe.ppo.learning_rate
+    for one in (recipe, own):
+        (tmp_path / "resolved.yaml").write_text(recipe_file.resolved(one))
+        assert recipe_file.load(tmp_path / "resolved.yaml") == one  # a preset's keys that idle here are no mistake of the recipe
+    explained = recipe_keys.explain("ppo.preset")[0].values.splitlines()
+    assert any(line.startswith(name) and f"learning_rate {recipe.ppo.learning_rate}" in line for line in explained)

@@ -1,0 +1,240 @@
+"""The section `ppo`: learn from the scores of one's own answers, by PPO or one of its family.
+
+    ppo: {preset: verl, kl_coef: 0.001}                         # as another library does it, but for one key
+    ppo: {advantage: grpo, samples_per_prompt: 8}               # answers to one prompt compared with each other: no critic
+
+What a key defaults to may depend on others (`filled`), and some keys have no effect beside others (`idle`): then they are errors.
+"""
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from rlhf.ppo_presets import PRESETS, told
+from rlhf.recipe_base import Optimizer, Section, key
+
+COMPARING = ("grpo", "dr_grpo", "rloo", "reinforce++_baseline")  # answers to one prompt; advantages.GROUPED holds their formulas
+
+
+class Group(Section):
+    """One role of the actor graph: its own placement group of `workers` actors."""
+
+    workers: int = key(1, "Actors of this group; they form one process group (for rollout: independent engines).", unit="actors", ge=1)
+    cpus: float = key(1, "CPU cores of each actor, as Ray schedules them.", unit="cores", ge=0)
+    gpus: float = key(0, "GPUs of each actor.", unit="GPUs", ge=0)
+    threads: int = key(1, "Compute threads of each actor.", unit="threads", ge=1)
+
+
+class Groups(Section):
+    policy: Group = key(Group(), "The model that learns.")
+    reference: Group = key(Group(), "The frozen model that KL is measured against.")
+    reward: Group = key(Group(), "The reward model.")
+    critic: Group = key(Group(), "The value model, with `ppo.advantage: gae`.")
+    rollout: Group = key(Group(), "vLLM engines that write the responses.")
+
+
+class Ppo(Optimizer):
+    preset: Literal["trl", "verl", "openrlhf"] | None = key(
+        None, "Defaults of this section as another library has them; a key that is given as well counts more.", values=told()
+    )
+    micro_batch: int = key(
+        4096, "Tokens of one forward and backward pass of one worker; samples are packed up to it without padding.", unit="tokens", ge=16
+    )
+    groups: Groups = key(Groups(), "The actors, CPUs and GPUs of each role.")
+    steps: int = key(40, "PPO steps: one rollout and `epochs` passes over it each.", unit="steps", ge=1)
+    rollout_batch: int = key(64, "Prompts answered per step.", unit="prompts", ge=1)
+    samples_per_prompt: int = key(1, "Answers to each of these prompts: a group.", unit="samples", ge=1)
+    global_batch: int = key(32, "Samples per optimizer step.", unit="samples", ge=1)
+    epochs: int = key(2, "Passes over each rollout.", unit="epochs", ge=1)
+    max_prompt_tokens: int = key(64, "Longer prompts are dropped, and counted.", unit="tokens", ge=1)
+    max_response_tokens: int = key(32, "Responses are cut off here.", unit="tokens", ge=1)
+    temperature: float = key(1.0, "Sampling temperature; log-probabilities are those of this distribution.", gt=0)
+    learning_rate: float = key(1e-5, "Peak learning rate of the policy.", unit="per step", gt=0)
+    critic_learning_rate: float = key(1e-4, "Peak learning rate of the critic.", unit="per step", gt=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay; norms and biases are spared.", ge=0, source="arXiv:1711.05101")
+
+    # rewards
+    kl_coef: float = key(
+        0.05,
+        "Weight of the distance between policy and reference, log pi - log pi_ref per token; `kl_in` says where it counts.",
+        unit="reward per nat",
+        ge=0,
+        source="arXiv:1909.08593, arXiv:2203.02155",
+    )
+    kl_in: Literal["reward", "loss"] = key(
+        "reward",
+        "Subtracted from every token's reward, or a term of the policy's loss with a gradient of its own.",
+        source="arXiv:2402.03300",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = key(
+        "k1",
+        "With d = log pi - log pi_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. Default in the loss: k3.",
+        source="Schulman 2020, joschu.net/blog/kl-approx.html",
+    )
+    kl_target: float | None = key(
+        None,
+        "`kl_coef` is where the weight starts; every step moves it so that answers stay this far from the reference. Default: it stays.",
+        unit="nats per response",
+        gt=0,
+        source="arXiv:1909.08593, section 2.2",
+    )
+    kl_horizon: int = key(10_000, "Samples in which the weight may grow or shrink by 20 %. With `kl_target`.", unit="samples", ge=1)
+    normalize_rewards: bool = key(
+        False, "Scores get mean 0 and variance 1 over all rollouts so far, before penalties and `reward_clip`.", source="arXiv:2005.12729"
+    )
+    reward_clip: float = key(10.0, "Scores are clipped to +- this; .inf does not.", gt=0)
+    unfinished_penalty: float = key(
+        0.0,
+        "Taken from the score of a response that was cut off at `max_response_tokens`.",
+        unit="reward",
+        ge=0,
+        source="TRL, missing_eos_penalty",
+    )
+    overlong_buffer: int = key(
+        0, "Over the last so many of `max_response_tokens` a penalty grows from 0.", unit="tokens", ge=0, source="arXiv:2503.14476, 3.4"
+    )
+    overlong_penalty: float = key(1.0, "What it has grown to at the end. With `overlong_buffer`.", unit="reward", gt=0)
+
+    # advantages
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "remax"] = key(
+        "gae",
+        "What a token was worth. `gae` asks a critic. `grpo`, `dr_grpo`, `rloo` and `reinforce++_baseline` compare the answers to one "
+        "prompt with each other, `remax` with the greedy answer, `reinforce++` with the whole rollout: these need no critic.",
+        source="arXiv:1506.02438; arXiv:2402.03300; arXiv:2503.20783; arXiv:2402.14740; arXiv:2501.03262; arXiv:2310.10505",
+    )
+    gamma: float = key(1.0, "Discount of rewards per token. With `gae` and `reinforce++`.", ge=0, le=1, source="arXiv:1506.02438")
+    lam: float = key(0.95, "Lambda of generalised advantage estimation.", ge=0, le=1, source="arXiv:1506.02438")
+    whiten_advantages: bool = key(
+        True,
+        "Advantages get mean 0 and variance 1 over all response tokens of the rollout. "
+        "Default: with `gae` and both `reinforce++`, the others compare already.",
+    )
+    unbiased_whitening: bool = key(False, "The variance is divided by the number of tokens less one.")
+    drop_equal_groups: bool = key(
+        False,
+        "Groups whose answers are all worth the same do not count; nothing takes their place in the batch.",
+        source="arXiv:2503.14476, 3.2",
+    )
+    mask_unfinished: bool = key(
+        False,
+        "Responses that were cut off count in their group's mean but not in the loss.",
+        source="arXiv:2503.14476, 3.4",
+    )
+
+    # losses
+    policy_loss: Literal["clip", "dual_clip", "gspo", "cispo", "sapo"] = key(
+        "clip",
+        "`dual_clip` also bounds the loss of bad tokens, `gspo` clips whole answers (with ranges as 3e-4), `cispo` clips the weight of a "
+        "token but never its gradient, `sapo` fades instead of clipping.",
+        source="arXiv:1707.06347; arXiv:1912.09729; arXiv:2507.18071; arXiv:2506.13585; arXiv:2511.20347",
+    )
+    clip_range: float = key(0.2, "Policy ratios are clipped to 1 +- this.", gt=0, source="arXiv:1707.06347")
+    clip_range_low: float | None = key(None, "Downwards, instead of `clip_range`.", gt=0, source="arXiv:2503.14476, 3.1")
+    clip_range_high: float | None = key(None, "Upwards, instead of `clip_range`; 0.28 is usual.", gt=0, source="arXiv:2503.14476, 3.1")
+    dual_clip_bound: float = key(
+        3.0, "Bound of the ratio of tokens with a negative advantage. With `dual_clip`.", gt=1, source="arXiv:1912.09729"
+    )
+    sapo_temperatures: tuple[float, float] = key(
+        (1.0, 1.05), "How fast tokens with positive and with other advantages fade. With `sapo`.", source="arXiv:2511.20347"
+    )
+    aggregation: Literal["token_mean", "sequence_mean", "dr_grpo"] = key(
+        "token_mean",
+        "Every token counts the same, every answer counts the same, or an answer's sum is divided by `max_response_tokens`.",
+        source="arXiv:2503.14476; arXiv:2402.03300; arXiv:2503.20783",
+    )
+    value_clip_range: float = key(0.5, "New values are clipped to the old ones +- this.", gt=0, source="arXiv:1707.06347")
+    entropy_coef: float = key(
+        0.0, "Weight of the policy's entropy, as a bonus.", unit="reward per nat", ge=0, source="arXiv:1707.06347, eq. 9"
+    )
+    importance: Literal["none", "truncated", "icepop"] = key(
+        "none",
+        "A token counts by pi_policy / pi_engine, if the engine does not sample quite what the policy says: at most `importance_cap`, "
+        "or not at all outside `importance_floor`...`importance_cap`.",
+        source="fengyao.notion.site/off-policy-rl; arXiv:2510.18855",
+    )
+    importance_cap: float = key(2.0, "Upper end of that ratio; `icepop` was published with 5.", ge=1)
+    importance_floor: float = key(0.5, "Lower end of that ratio. With `icepop`.", ge=0, le=1)
+
+    log_prob_gap_limit: float | None = key(
+        None,
+        "The run stops when engine and policy disagree by more than this after a weight sync. Default: 1e-3 in fp32, 0.2 in bf16.",
+        unit="nats",
+    )
+    checkpoint_every: int = key(10, "Steps between two checkpoints.", unit="steps", ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def defaults_of_the_preset(cls, values: Any) -> Any:
+        return filled(values) if isinstance(values, dict) else values
+
+    @property
+    def samples(self) -> int:
+        """Samples of one rollout."""
+        return self.rollout_batch * self.samples_per_prompt
+
+    @property
+    def needs_critic(self) -> bool:
+        return self.advantage == "gae"
+
+    @property
+    def clip_ranges(self) -> tuple[float, float]:
+        """Downwards and upwards."""
+        low, high = self.clip_range_low, self.clip_range_high
+        return self.clip_range if low is None else low, self.clip_range if high is None else high
+
+
+def filled(values: dict[str, Any]) -> dict[str, Any]:
+    """The section as given, with what its preset and its other keys say of keys that are not."""
+    name = values.get("preset")
+    given = {**PRESETS.get(name, {}), **values} if isinstance(name, str) else values
+    whitens = given.get("advantage", "gae") in ("gae", "reinforce++", "reinforce++_baseline")
+    return {"whiten_advantages": whitens, "kl_estimator": "k3" if given.get("kl_in") == "loss" else "k1", **given}
+
+
+def idle(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
+    """The keys of the section that are never read, because of another key: path -> why."""
+    ppo = {**{name: field.default for name, field in Ppo.model_fields.items()}, **filled(values)}
+    advantage, loss = ppo["advantage"], ppo["policy_loss"]
+    found: dict[tuple[str, ...], str] = {}
+    if advantage != "gae":
+        critic = [("groups", "critic"), ("critic_learning_rate",), ("value_clip_range",), ("lam",)]
+        found |= dict.fromkeys(critic, f"ppo.advantage = {advantage} has no critic")
+    if advantage not in ("gae", "reinforce++"):
+        found["gamma",] = f"ppo.advantage = {advantage} does not discount"
+    if not ppo["kl_coef"]:
+        found |= dict.fromkeys([("kl_target",), ("kl_in",), ("kl_estimator",)], "ppo.kl_coef = 0 measures the KL, and does no more")
+    if not ppo["whiten_advantages"]:
+        found["unbiased_whitening",] = "ppo.whiten_advantages is off"
+    if not ppo["overlong_buffer"]:
+        found["overlong_penalty",] = "ppo.overlong_buffer = 0 knows no overlong response"
+    if loss == "sapo":
+        found |= dict.fromkeys([("clip_range",), ("clip_range_low",), ("clip_range_high",)], "ppo.policy_loss = sapo clips nothing")
+    elif ppo["clip_range_low"] is not None and ppo["clip_range_high"] is not None:
+        found["clip_range",] = "ppo.clip_range_low and ppo.clip_range_high take its place"
+    for name, of in (("sapo_temperatures", "sapo"), ("dual_clip_bound", "dual_clip")):
+        if loss != of:
+            found[name,] = f"ppo.policy_loss = {loss} does not read it"
+    if ppo["importance"] == "none":
+        found["importance_cap",] = "ppo.importance is none"
+    if ppo["importance"] != "icepop":
+        found["importance_floor",] = f"ppo.importance = {ppo['importance']} does not read it"
+    return found
+
+
+def disagreements(ppo: Ppo) -> list[str]:
+    """What cannot be together, one sentence each, which starts with the key to change."""
+    wrong, samples = [], f"ppo.rollout_batch = {ppo.rollout_batch}"
+    if ppo.samples_per_prompt > 1:
+        samples += f" x ppo.samples_per_prompt = {ppo.samples_per_prompt}"
+    if ppo.kl_horizon < ppo.samples:
+        wrong.append(f"ppo.kl_horizon = {ppo.kl_horizon} is smaller than {samples}")
+    if ppo.global_batch > ppo.samples:
+        wrong.append(f"ppo.global_batch = {ppo.global_batch} is larger than {samples}")
+    if ppo.samples_per_prompt == 1 and (ppo.advantage in COMPARING or ppo.drop_equal_groups):
+        asks = f"ppo.advantage = {ppo.advantage}" if ppo.advantage in COMPARING else "ppo.drop_equal_groups"
+        wrong.append(f"ppo.samples_per_prompt = 1 leaves {asks} nothing to compare: 4 to 16 are usual")
+    if ppo.kl_in == "loss" and ppo.kl_estimator == "k1" and ppo.kl_coef:
+        wrong.append("ppo.kl_estimator = k1 pulls nowhere as a loss (the mean of its gradient is 0, arXiv:2506.09477): use k2 or k3")
+    if ppo.overlong_buffer > ppo.max_response_tokens:
+        wrong.append(f"ppo.overlong_buffer = {ppo.overlong_buffer} is larger than ppo.max_response_tokens = {ppo.max_response_tokens}")
+    return wrong
