@@ -228,6 +228,8 @@ def disagreements(ppo: Ppo) -> list[str]:
         samples += f" x ppo.samples_per_prompt = {ppo.samples_per_prompt}"
     if ppo.kl_horizon < ppo.samples:
         wrong.append(f"ppo.kl_horizon = {ppo.kl_horizon} is smaller than {samples}")
+    if ppo.global_batch % ppo.samples_per_prompt:
+        wrong.append(f"ppo.global_batch = {ppo.global_batch} is no multiple of ppo.samples_per_prompt = {ppo.samples_per_prompt}")
     if ppo.global_batch > ppo.samples:
         wrong.append(f"ppo.global_batch = {ppo.global_batch} is larger than {samples}")
     if ppo.samples_per_prompt == 1 and (ppo.advantage in COMPARING or ppo.drop_equal_groups):

@@ -22,8 +22,8 @@ from ray import ObjectRef
 from cluster.groups import Worker
 from cluster.hardware import hardware, use_deterministic_kernels
 from data.order import sample_index
-from data.packing import balance, pack
-from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples
+from data.packing import balance, pack, uncounted
+from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples, together
 from rlhf.learner import Learner, Loss, full_weights, shard
 from rlhf.losses import clipped_value, kl, policy_loss
 from rlhf.models import Batch, LanguageModel, ScalarModel, load_causal_lm, load_critic, load_reward_model, save_model
@@ -47,18 +47,26 @@ class Role(Worker):
     def score(self, rollouts: tuple[Rollout, ...], numbers: Callable[[Batch], torch.Tensor], lengths: Callable[[Rollout], Ints]) -> Scores:
         """`numbers` of this rank's samples; a micro-batch of them holds `lengths` numbers per sample, sample after sample."""
         rollout = merge(rollouts)
-        packable = samples(rollout)
+        groups = self.together(rollout)
+        packable = samples(rollout, groups=groups)
         per_sample = lengths(rollout)
         mine = balance([len(s.tokens) for s in packable], self.world, self.config.micro_batch)[self.rank]
         index: list[int] = []
         values: list[Floats] = []
         with torch.no_grad():
-            for ids in mine:
-                found = numbers(Batch.of(pack([packable[i] for i in ids]), self.device)).float().cpu().numpy()
+            for some in mine:  # with none of its own, a rank computes the first group for the others' sake
+                found = numbers(Batch.of(pack([packable[i] for i in some or [0]]), self.device)).float().cpu().numpy()
+                if not some:
+                    continue
+                ids = [i for group in some for i in groups[group]]
                 assert len(found) == per_sample[ids].sum(), "a role must return its numbers for every sample"
-                index += ids
+                index += rollout.index[ids].tolist()
                 values.append(found)
         return np.array(index, np.int64), np.concatenate(values) if values else np.zeros(0, np.float32)
+
+    def together(self, rollout: Rollout) -> list[list[int]]:
+        """The answers to one prompt are computed as one, as far as a micro-batch holds them."""
+        return together(rollout, self.config.samples_per_prompt, self.config.micro_batch)
 
 
 def gathered(model: torch.nn.Module, rank: int) -> Weights:
@@ -96,7 +104,7 @@ class RewardWorker(Role):
         self.model = shard(ScalarModel(load_reward_model(self.path)).to(self.device), self.world).eval()
 
     def scores(self, *rollouts: Rollout) -> Scores:
-        return self.score(rollouts, lambda batch: self.model(batch)[batch.last], _one_each)
+        return self.score(rollouts, lambda batch: self.model(batch)[batch.last_of_texts], _one_each)
 
 
 class LearningRole(Role):
@@ -112,17 +120,24 @@ class LearningRole(Role):
         self.learner.load(self.checkpoints, step)
 
     def learn(self, rollout: Rollout, step: int, extras: dict[str, Floats], weights: Floats, loss: Loss) -> dict[str, float]:
-        """`epochs` passes over the rollout in mini-batches of `global_batch` samples; returns the mean of each metric."""
-        packable = samples(rollout, extras, weights)
-        n, size, history = len(packable), self.config.global_batch, []
+        """`epochs` passes over the rollout in mini-batches of `global_batch` samples, the answers to one prompt always in the same;
+        returns the mean of each metric, and of the first optimizer step its `ratio_error`."""
+        groups = self.together(rollout)
+        packable = samples(rollout, extras, weights, groups)
+        of_prompts: dict[int, list[int]] = {}
+        for number, group in enumerate(groups):
+            of_prompts.setdefault(int(rollout.index[group[0]]) // self.config.samples_per_prompt, []).append(number)
+        prompts = list(of_prompts.values())
+        n, size, history = len(prompts), self.config.global_batch // self.config.samples_per_prompt, []
         for epoch in range(self.config.epochs):
             order = sample_index(self.recipe.seed, step * self.config.epochs + epoch, np.arange(n), n, "ppo")
             for start in range(0, n, size):
-                ids = order[start : start + size]
+                ids = [group for prompt in order[start : start + size] for group in prompts[prompt]]
                 shares = balance([len(packable[i].tokens) for i in ids], self.world, self.config.micro_batch)[self.rank]
-                batches = [Batch.of(pack([packable[ids[i]] for i in share]), self.device) for share in shares]
-                history.append(self.learner.step(batches, loss))
-        return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]}
+                chosen = [[packable[ids[i]] for i in share] or [uncounted(packable[ids[0]])] for share in shares]
+                history.append(self.learner.step([Batch.of(pack(some), self.device) for some in chosen], loss))
+        first = {name: history[0][name] for name in ("ratio_error",) if name in history[0]}
+        return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]} | first
 
 
 class PolicyWorker(LearningRole):
@@ -205,6 +220,7 @@ def policy_objective(model: torch.nn.Module, batch: Batch, config: Ppo, kl_coef:
     now = found[:, 0] if config.entropy_coef else found
     terms, clipped = policy_loss(now, at["log_probs"], at["advantages"], batch.owners, config)
     figures = {"clip_fraction": clipped.float(), "update_kl": kl(at["log_probs"] - now, "k3")}
+    figures["ratio_error"] = (now - at["log_probs"]).detach().expm1().abs()  # 0 before the first optimizer step, up to rounding
     if kl_coef:
         apart = kl(now - at["ref_log_probs"], config.kl_estimator)
         terms, figures["reference_kl"] = terms + kl_coef * apart, apart

@@ -20,7 +20,8 @@ class Sampling:
 
     @classmethod
     def of(cls, config: Ppo, temperature: float | None = None) -> "Sampling":
-        return cls(config.max_response_tokens, config.temperature if temperature is None else temperature, config.micro_batch)
+        """In pieces of a quarter of a micro-batch, so that a scorer's calls are nearly full and the last answers wait for few others."""
+        return cls(config.max_response_tokens, config.temperature if temperature is None else temperature, config.micro_batch // 4)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from tiny import CPU, recipe_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from data.packing import Sample, pack
+from data.packing import Sample, pack, uncounted
 from rlhf.attention import PACKED
 from rlhf.learner import Learner
 from rlhf.models import Batch, ScalarModel
 from rlhf.recipe import Reward
 from rlhf.reward import BINS, figures, pairs, ranking_loss
-from rlhf.training import idle
 
 Ranking = tuple[int, list[tuple[int, float]]]  # prompt tokens, [(answer tokens, score)] best first
 
@@ -94,7 +93,7 @@ def test_shares_of_a_ranking_sum_to_one_and_an_idle_ranks_to_zero() -> None:
     assert gaps.tolist() == [1, 2, 1, 1]
     assert shares.tolist() == pytest.approx([1 / 3] * 3 + [1])
     assert (better < worse).all()
-    assert pairs(Batch.of(pack(idle(packed)), CPU))[3].tolist() == [0, 0, 0, 0]
+    assert pairs(Batch.of(pack([uncounted(s) for s in packed]), CPU))[3].tolist() == [0, 0, 0, 0]
 
 
 def test_figures_add_up_over_pieces() -> None:
