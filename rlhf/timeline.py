@@ -53,13 +53,16 @@ def waits(spans: Spans, began: float, ended: float) -> Iterator[tuple[str, float
 
 
 def _reason(spans: Spans, role: str, start: float, end: float) -> str:
-    found: dict[str, float] = defaultdict(float)
+    longest: dict[str, float] = {}
     for actor, done in spans.items():
-        if role_of(actor) != role:
-            for what, a, b in done:
-                found[f"{role_of(actor)}: {what}"] += max(0.0, min(b, end) - max(a, start))
-    most = max(found, key=lambda reason: found[reason], default=CONTROLLER)
-    return most if found.get(most, 0.0) > 0 else CONTROLLER
+        if role_of(actor) == role:
+            continue
+        meanwhile: dict[str, float] = defaultdict(float)
+        for what, a, b in done:
+            meanwhile[f"{role_of(actor)}: {what}"] += max(0.0, min(b, end) - max(a, start))
+        longest |= {reason: max(seconds, longest.get(reason, 0.0)) for reason, seconds in meanwhile.items()}
+    most = max(longest, key=lambda reason: longest[reason], default=CONTROLLER)
+    return most if longest.get(most, 0.0) > 0 else CONTROLLER
 
 
 def role_of(actor: str) -> str:
