@@ -31,7 +31,7 @@ def wait(refs: Mapping[str, ObjectRef], seconds: float, what: str) -> dict[str, 
             try:
                 values[names[ref]] = ray.get(ref)
             except RayActorError as error:
-                raise ClusterError(f"{what}: {names[ref]} died ({_why(error)}); the same command resumes") from error
+                raise ClusterError(died(what, names[ref], error)) from error
         if not done:
             missing = ", ".join(names[ref] for ref in pending)
             raise ClusterError(
@@ -39,6 +39,11 @@ def wait(refs: Mapping[str, ObjectRef], seconds: float, what: str) -> dict[str, 
                 "Raise cluster.deadline_s if it is only slow; `ray stack` on its node shows where it stands"
             )
     return {name: values[name] for name in refs}
+
+
+def died(what: str, who: str, error: RayActorError) -> str:
+    """The message for an actor's death."""
+    return f"{what}: {who} died ({_why(error)}); the same command resumes"
 
 
 def _why(error: RayActorError) -> str:

@@ -9,7 +9,9 @@ Ranks follow the bundles of the placement group, which Ray packs onto as few nod
 """
 
 import socket
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -23,13 +25,37 @@ from cluster.hardware import hardware, use_threads
 from cluster.placement import Demand
 from cluster.ports import free_port
 
+Span = tuple[str, float, float]  # what an actor did, from when to when (seconds since 1970, by its node's clock)
+
 
 class Worker:
-    """Base of a group's actors: knows its rank, owns its share of threads, joins its group's process group."""
+    """Base of a group's actors: knows its rank, owns its share of threads, joins its group's process group, knows when it worked."""
 
     def __init__(self, rank: int, world: int, threads: int) -> None:
         self.rank, self.world = rank, world
+        self.spans: list[Span] = []
         use_threads(threads)
+
+    def call(self, method: str, *args: Any) -> Any:
+        """`method`, its time noted. What `Group.start` calls."""
+        with self.at_work(method):
+            return getattr(self, method)(*args)
+
+    @contextmanager
+    def at_work(self, what: str) -> Iterator[None]:
+        """Note the time of the block; what follows within a millisecond of the same is one span with it."""
+        began = time.time()
+        try:
+            yield
+        finally:
+            if self.spans and self.spans[-1][0] == what and began - self.spans[-1][2] < 1e-3:
+                began = self.spans.pop()[1]
+            self.spans.append((what, began, time.time()))
+
+    def work_done(self) -> list[Span]:
+        """The spans since the last time this was asked."""
+        found, self.spans = self.spans, []
+        return found
 
     def address(self, ports: tuple[int, int]) -> tuple[str, int]:
         """Host and a free port of this worker's node, for the others to meet at."""
@@ -54,14 +80,19 @@ class Group:
         args: tuple[Any, ...],
         threads: int,
         env: Mapping[str, str] | None = None,
+        at_once: int = 1,
     ) -> None:
-        """Start `demand.workers` actors of class `worker`, constructed as worker(rank, world, threads, *args)."""
+        """Start `demand.workers` actors of class `worker`, constructed as worker(rank, world, threads, *args).
+
+        at_once: calls that one actor carries out side by side, each in a thread.
+        """
         self.name, self.demand, self.placement = name, demand, placement
         actor = ray.remote(worker)
         self.actors = [
             actor.options(  # type: ignore[attr-defined]
                 num_cpus=demand.cpus,
                 num_gpus=demand.gpus,
+                max_concurrency=at_once,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=rank),
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), **(env or {})}},
             ).remote(rank, demand.workers, threads, *args)
@@ -81,7 +112,7 @@ class Group:
 
     def start(self, method: str, *args: Any) -> dict[str, ObjectRef]:
         """Call `method` on every actor; returns its references by the actors' names."""
-        return {f"{self.name}[{rank}]": getattr(actor, method).remote(*args) for rank, actor in enumerate(self.actors)}
+        return {f"{self.name}[{rank}]": actor.call.remote(method, *args) for rank, actor in enumerate(self.actors)}
 
     def stop(self) -> None:
         """End the actors and give their CPUs and GPUs back."""

@@ -36,6 +36,11 @@ class Sample:
     the prefix's, and its first token is predicted from the prefix's last."""
 
 
+def uncounted(sample: Sample) -> Sample:
+    """The same tokens with nothing to learn: for a worker that has nothing to do while the others meet in collective operations."""
+    return Sample(sample.tokens, np.zeros(len(sample.tokens), np.float32), sample.extras, sample.lengths, sample.prefix)
+
+
 @dataclass
 class PackedBatch:
     """Samples end to end. T = all tokens, n = samples, S = segments (S = n unless samples hold several)."""

@@ -2,6 +2,7 @@
 
     draw(CHARTS["pretrain"][1], rows, summary)     # '<svg ...>', or None when the run has no such numbers
     picture(rows_of_all_stages, summary, path)     # the four key curves
+    timeline(trace)                                # '<svg ...>', who worked when in one step
 
 `rows` are the lines of a stage's metrics.jsonl: {"step": 10, "time": ..., "sft/loss": 2.3, ...}.
 """
@@ -131,6 +132,39 @@ def draw(chart: Chart, rows: Rows, summary: Mapping[str, Any]) -> str | None:
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(file.getvalue(), f"{chart.title}, {chart.unit}")
+
+
+def timeline(trace: Mapping[str, Any]) -> str:
+    """A step's Chrome trace (`rlhf.timeline`) as an `<svg>` element: a row for every actor, a bar for every call, and in every wait that
+    has room for it, whom it waited for."""
+    names = {event["tid"]: event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    end = max((event["ts"] + event["dur"] for event in events), default=1) / 1e6
+    with _style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9.6, 0.75 + 0.34 * len(names)), layout="constrained")
+        axes = figure.add_subplot()
+        for event in events:
+            start, length, works = event["ts"] / 1e6, event["dur"] / 1e6, event["cat"] == "work"
+            text = event["name"] if works else f"waits for {event['args']['for']}"
+            if works:
+                axes.barh(event["tid"], length, left=start, height=0.62, color=_FIRST, alpha=0.85, lw=0)
+            if len(text) * 0.0092 * end < length:  # of the width, by the size of the letters
+                colour, size = (_CARD, 8) if works else (_FAINT, 7)
+                axes.text(start + length / 2, event["tid"], text, ha="center", va="center", color=colour, fontsize=size)
+        axes.set_yticks(list(names), list(names.values()))
+        axes.set_xlim(0, end)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(axis="x", color=_GRID, lw=0.8)
+        axes.set_axisbelow(True)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.tick_params(which="both", colors=_FAINT, length=0, labelsize=9)
+        axes.set_xlabel("seconds", color=_FAINT, fontsize=9, loc="right", labelpad=1)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(file.getvalue(), "Who worked when in one step")
 
 
 def picture(rows: Mapping[str, Rows], summary: Mapping[str, Any], path: Path) -> Path:

@@ -73,7 +73,7 @@ class StudentWorker(PolicyWorker):
                 gaps.extend(((log_probs.detach() - batch.extras["engine"][batch.rows]) * batch.extras["own"][batch.rows]).abs().tolist())
             return on_policy_loss(apart, batch, settings.temperature)
 
-        found = self.learn(mixed, step, loss, settings)
+        found = self.learn([[sample] for sample in mixed], settings.global_batch, step, loss, settings)
         found["divergence"] /= found.pop("own")
         return found | {
             "log_prob_gap": float(np.max(gaps)),  # NaN stays NaN

@@ -2,6 +2,7 @@
 
     rollout = merge(parts)                          # of several engines, in sample order
     samples(rollout)                                # prompt + response as packable samples, response tokens counted
+    samples(rollout, groups=together(rollout, 8, budget=4096))      # a prompt and its eight responses as one
     align(parts, rollout.response_lengths)          # what the ranks of a role found, in sample order
 
 Everything here is arithmetic on flat arrays; the roles in `roles.py` make the numbers.
@@ -80,23 +81,58 @@ def merge(parts: Sequence[Rollout]) -> Rollout:
     )
 
 
-def samples(rollout: Rollout, extras: dict[str, Floats] | None = None, weights: Floats | None = None) -> list[Sample]:
-    """Every prompt + response as a packable sample whose response tokens count, 1 each or by `weights`.
+def together(rollout: Rollout, each: int, budget: int) -> list[list[int]]:
+    """Which samples are computed as one, places in ascending order: neighbours that answer one prompt, `each` of them at most and as
+    many as `budget` tokens hold. Their prompt is computed once."""
+    groups: list[list[int]] = []
+    ends = np.cumsum(rollout.prompt_lengths + rollout.response_lengths)
+    starts = ends - rollout.prompt_lengths - rollout.response_lengths
+    size = 0
+    for i, (start, prompt, response) in enumerate(zip(starts, rollout.prompt_lengths, rollout.response_lengths, strict=True)):
+        first = groups[-1][0] if groups and each > 1 else i
+        same = (
+            first < i
+            and rollout.index[first] // each == rollout.index[i] // each
+            and prompt == rollout.prompt_lengths[first]
+            and size + response <= budget
+            and np.array_equal(rollout.tokens[start : start + prompt], rollout.tokens[starts[first] : starts[first] + prompt])
+        )
+        if same:
+            groups[-1].append(i)
+            size += response
+        else:
+            groups.append([i])
+            size = prompt + response
+    return groups
+
+
+def samples(
+    rollout: Rollout, extras: dict[str, Floats] | None = None, weights: Floats | None = None, groups: Sequence[list[int]] | None = None
+) -> list[Sample]:
+    """Every prompt + response as a packable sample whose response tokens count, 1 each or by `weights`; or every one of `groups`, of
+    which a larger one is a prompt and the responses that continue it.
 
     `extras` and `weights` are numbers per response token [sum of response_lengths]; prompt tokens get 0.
     """
     ends = np.cumsum(rollout.prompt_lengths + rollout.response_lengths)
     response_ends = np.cumsum(rollout.response_lengths)
-    out = []
     numbers = {**(extras or {}), WEIGHTS: np.ones(response_ends[-1:].sum(), np.float32) if weights is None else weights}
-    for i, (prompt, response) in enumerate(zip(rollout.prompt_lengths, rollout.response_lengths, strict=True)):
-        per_token = {}
-        for name, values in numbers.items():
-            per_token[name] = np.zeros(prompt + response, np.float32)
-            per_token[name][prompt:] = values[response_ends[i] - response : response_ends[i]]
-        tokens = rollout.tokens[ends[i] - prompt - response : ends[i]].astype(np.int64)
-        out.append(Sample(tokens, per_token.pop(WEIGHTS), per_token))
+    out = []
+    for group in groups or [[i] for i in range(len(ends))]:
+        lengths = [int(rollout.response_lengths[i]) for i in group]
+        prompt = int(rollout.prompt_lengths[group[0]])
+        start = ends[group[0]] - lengths[0] - prompt
+        pieces = [rollout.tokens[start : start + prompt], *_last(rollout.tokens, ends[group], lengths)]
+        nothing = np.zeros(prompt, np.float32)
+        per_token = {name: np.concatenate([nothing, *_last(of, response_ends[group], lengths)]) for name, of in numbers.items()}
+        segments = [prompt, *(n for n in lengths if n)] if len(group) > 1 else None
+        out.append(Sample(np.concatenate(pieces).astype(np.int64), per_token.pop(WEIGHTS), per_token, segments, prefix=len(group) > 1))
     return out
+
+
+def _last(flat: npt.NDArray, ends: Ints, lengths: Sequence[int]) -> list[npt.NDArray]:
+    """The `lengths` numbers before each of `ends`."""
+    return [flat[end - n : end] for end, n in zip(ends, lengths, strict=True)]
 
 
 def responses(rollout: Rollout) -> list[list[int]]:

@@ -59,6 +59,7 @@ def open_graph(recipe: Recipe, roles: Mapping[str, Role]) -> Iterator[Graph]:
                 placements[name],
                 args=args,
                 threads=getattr(recipe.ppo.groups, name).threads,
+                at_once=2 if worker is EngineWorker else 1,  # an engine takes further prompts while it writes
                 env=None if worker is not EngineWorker else ENGINE_ENV if asked[name].gpus else ENGINE_ENV | CPU_ENV,
             )
         starting = {actor: ref for group in graph.values() for actor, ref in group.start("host").items()}

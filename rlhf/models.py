@@ -63,6 +63,13 @@ class Batch:
         """int64 [n]: the last token of every segment."""
         return self.segments.ends[1:].long() - 1
 
+    @property
+    def last_of_texts(self) -> torch.Tensor:
+        """int64 [m]: the last token of every segment that no other one continues, that is of every whole text."""
+        continued = set(self.segments.prefixes)
+        whole = [i for i in range(len(self.segments.lengths)) if i not in continued]
+        return self.last[torch.tensor(whole, device=self.tokens.device)]
+
     @classmethod
     def of(cls, packed: PackedBatch, device: torch.device) -> "Batch":
         weights = torch.from_numpy(packed.weights)

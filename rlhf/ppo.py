@@ -9,6 +9,7 @@ references to what the roles made and a few numbers; tensors go from role to rol
 """
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,41 +19,38 @@ from ray import ObjectRef
 
 from cluster import checkpoints
 from cluster.deadlines import wait
+from cluster.groups import Group
 from data.examples import Examples
 from data.order import batch_indices
 from data.tokenizers import load as load_tokenizer
+from rlhf import timeline
 from rlhf.errors import TrainingError
-from rlhf.generation import generate
 from rlhf.graph import Graph, Prompts, Role, engines, open_graph
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Ppo, Recipe
 from rlhf.roles import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
+from rlhf.sampling import Sampling, wanted
 from rlhf.shaping import Running, after, begin, replay
+from rlhf.stream import Flow, Scorer, stream
 from rlhf.sync import gate, refuse_gap, sync_weights
 
 
 def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, running: Running) -> dict[str, float]:
     """One rollout, its scores, `ppo.epochs` passes over it, new weights in the engines, proof that they arrived."""
-    policy, reference, reward = (graph[role] for role in ("policy", "reference", "reward"))
-    seconds, now, config = recipe.cluster.deadline_s, f"PPO step {step}", recipe.ppo
+    policy, config = graph["policy"], recipe.ppo
+    seconds, now = recipe.cluster.deadline_s, f"PPO step {step}"
 
-    rollouts = generate(graph, recipe, prompts, step, each=config.samples_per_prompt)
-    greedy = generate(graph, recipe, prompts, step, temperature=0.0) if config.advantage == "remax" else []
+    def answers(each: int, judges: dict[str, Scorer], temperature: float) -> Flow:
+        asked, sampling = wanted(prompts, recipe.seed, step, each), Sampling.of(config, temperature)
+        return stream(graph["rollout"], asked, sampling, judges, seconds=seconds, what=f"{now}: rollout")
 
-    scores = {  # all at once: each role has its own CPUs or GPUs
-        "log_probs": policy.start("log_probs", *rollouts),
-        "ref_log_probs": reference.start("log_probs", *rollouts),
-        "rewards": reward.start("scores", *rollouts),
-    }
-    if config.needs_critic:
-        scores["values"] = graph["critic"].start("values", *rollouts)
-    if greedy:
-        scores["baselines"] = reward.start("scores", *greedy)
-    for name, refs in scores.items():
-        wait(refs, seconds, f"{now}: {name}")
+    rollout = answers(config.samples_per_prompt, scorers(graph, config), config.temperature)
+    greedy = Flow()
+    if config.advantage == "remax":
+        greedy = answers(1, {"baselines": scorer(graph["reward"], "scores", config)}, temperature=0.0)
 
-    parts = {name: list(refs.values()) for name, refs in scores.items()}
-    experience, facts = policy.actors[0].experience.options(num_returns=2).remote(rollouts, parts, running, greedy)
+    parts = rollout.scores | greedy.scores
+    experience, facts = policy.actors[0].call.options(num_returns=2).remote("experience", rollout.rollouts, parts, running, greedy.rollouts)
     metrics = wait({"policy[0]": facts}, seconds, f"{now}: advantages")["policy[0]"]
     refuse_gap(metrics["log_prob_gap"], recipe, f"{now}: the rollout")
 
@@ -96,7 +94,9 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         for step in range(start, config.steps):
             ids = batch_indices(recipe.seed, step, config.rollout_batch, len(prompts), prompts.manifest_hash)
             batch = [prompts[int(i)]["prompt"].tolist() for i in ids]
+            began = time.time()
             metrics = ppo_step(graph, recipe, batch, step, running)
+            metrics |= who_waited(graph, recipe, out, began, step + 1)
             running = after(running, metrics["kl"], metrics["reward"], metrics["reward_sd"], config)
             done = step + 1
             monitor.log(done, metrics)
@@ -106,6 +106,26 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         wait(graph["policy"].start("export", out.resolve() / "model", data.resolve() / "tokenizer"), seconds, "export")
     for name, value in totals(out).items():
         monitor.result(name, value)
+
+
+def who_waited(graph: Graph, recipe: Recipe, out: Path, began: float, step: int) -> dict[str, float]:
+    """Write the step's trace; the share of its time in which each role did nothing, and its seconds."""
+    spans, ended = timeline.collect(graph, recipe.cluster.deadline_s), time.time()
+    timeline.write_trace(spans, began, ended, out / "timeline", step)
+    shares = timeline.idle_shares(spans, began, ended)
+    return {f"ppo/idle_share/{role}": share for role, share in shares.items()} | {"seconds": ended - began}
+
+
+def scorers(graph: Graph, config: Ppo) -> dict[str, Scorer]:
+    """Who says what of every answer, at once with the others and while further answers are being written."""
+    methods = {"log_probs": ("policy", "log_probs"), "ref_log_probs": ("reference", "log_probs"), "rewards": ("reward", "scores")}
+    if "critic" in graph:
+        methods["values"] = ("critic", "values")
+    return {name: scorer(graph[role], method, config) for name, (role, method) in methods.items()}
+
+
+def scorer(group: Group, method: str, config: Ppo) -> Scorer:
+    return Scorer(group, method, config.micro_batch * group.demand.workers)
 
 
 def learners(graph: Graph) -> list[str]:

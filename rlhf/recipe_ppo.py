@@ -174,6 +174,11 @@ class Ppo(Optimizer):
         return filled(values) if isinstance(values, dict) else values
 
     @property
+    def prompts_at_once(self) -> int:
+        """Prompts per optimizer step: all answers to one learn together."""
+        return self.global_batch // self.samples_per_prompt
+
+    @property
     def samples(self) -> int:
         """Samples of one rollout."""
         return self.rollout_batch * self.samples_per_prompt
@@ -234,6 +239,8 @@ def disagreements(ppo: Ppo) -> list[str]:
         samples += f" x ppo.samples_per_prompt = {ppo.samples_per_prompt}"
     if ppo.kl_horizon < ppo.samples:
         wrong.append(f"ppo.kl_horizon = {ppo.kl_horizon} is smaller than {samples}")
+    if ppo.global_batch % ppo.samples_per_prompt:
+        wrong.append(f"ppo.global_batch = {ppo.global_batch} is no multiple of ppo.samples_per_prompt = {ppo.samples_per_prompt}")
     if ppo.global_batch > ppo.samples:
         wrong.append(f"ppo.global_batch = {ppo.global_batch} is larger than {samples}")
     if ppo.samples_per_prompt == 1 and (ppo.advantage in COMPARING or ppo.drop_equal_groups):

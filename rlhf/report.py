@@ -56,6 +56,7 @@ class Stage:
     share: float  # of the time of all stages, 0..1
     hash: str
     charts: list[tuple[str, Markup]]  # title, svg
+    wide: list[tuple[str, Markup]]  # the same, over the whole width
 
 
 def write(run_dir: Path) -> Path:
@@ -214,6 +215,7 @@ def stages(run_dir: Path, summary: Summary) -> list[Stage]:
         state = _state(out, made_at, began) if made_at else "half made" if started else "not made"
         rows = read_rows(out)
         drawn = [(chart.title, charts.draw(chart, rows, summary)) for chart in charts.CHARTS.get(name, ())]
+        wide = [(f"Who worked when, in step {step}", charts.timeline(trace)) for step, trace in _newest_trace(out)]
         seconds = manifest["wall_seconds"] if manifest else 0.0
         found.append(
             Stage(
@@ -225,9 +227,17 @@ def stages(run_dir: Path, summary: Summary) -> list[Stage]:
                 seconds / total,
                 ((manifest or started or {}).get("hash") or "")[:12],
                 [(title, Markup(svg)) for title, svg in drawn if svg],  # safe: drawn from constants and numbers
+                [(title, Markup(svg)) for title, svg in wide],
             )
         )
     return found
+
+
+def _newest_trace(out: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The newest step that has a trace, and the trace; nothing where there is none."""
+    traces = {int(path.stem.partition("-")[2]): path for path in (out / "timeline").glob("step-*.json")}
+    found = read_json(traces[max(traces)]) if traces else None
+    return [(max(traces), found)] if found else []
 
 
 def _state(out: Path, made_at: datetime, began: float) -> str:

@@ -22,8 +22,8 @@ from ray import ObjectRef
 from cluster.groups import Worker
 from cluster.hardware import hardware, use_deterministic_kernels
 from data.order import sample_index
-from data.packing import Sample, balance, pack
-from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples
+from data.packing import Sample, balance, pack, uncounted
+from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples, together
 from rlhf.learner import Learner, Loss, full_weights, shard
 from rlhf.losses import clipped_value, kl, policy_loss
 from rlhf.models import Batch, LanguageModel, ScalarModel, load_causal_lm, load_critic, load_reward_model, save_model
@@ -47,18 +47,26 @@ class Role(Worker):
     def score(self, rollouts: tuple[Rollout, ...], numbers: Callable[[Batch], torch.Tensor], lengths: Callable[[Rollout], Ints]) -> Scores:
         """`numbers` of this rank's samples; a micro-batch of them holds `lengths` numbers per sample, sample after sample."""
         rollout = merge(rollouts)
-        packable = samples(rollout)
+        groups = self.together(rollout)
+        packable = samples(rollout, groups=groups)
         per_sample = lengths(rollout)
         mine = balance([len(s.tokens) for s in packable], self.world, self.config.micro_batch)[self.rank]
         index: list[int] = []
         values: list[Floats] = []
         with torch.no_grad():
-            for ids in mine:
-                found = numbers(Batch.of(pack([packable[i] for i in ids]), self.device)).float().cpu().numpy()
+            for some in mine:  # with none of its own, a rank computes the first group for the others' sake
+                found = numbers(Batch.of(pack([packable[i] for i in some or [0]]), self.device)).float().cpu().numpy()
+                if not some:
+                    continue
+                ids = [i for group in some for i in groups[group]]
                 assert len(found) == per_sample[ids].sum(), "a role must return its numbers for every sample"
-                index += ids
+                index += rollout.index[ids].tolist()
                 values.append(found)
         return np.array(index, np.int64), np.concatenate(values) if values else np.zeros(0, np.float32)
+
+    def together(self, rollout: Rollout) -> list[list[int]]:
+        """The answers to one prompt are computed as one, as far as a micro-batch holds them."""
+        return together(rollout, self.config.samples_per_prompt, self.config.micro_batch)
 
 
 def gathered(model: torch.nn.Module, rank: int) -> Weights:
@@ -97,7 +105,12 @@ class RewardWorker(Role):
 
     def scores(self, *rollouts: Rollout) -> Scores:
         heads = self.recipe.reward.heads
-        return self.score(rollouts, lambda batch: self.model(batch, each_head=True)[batch.last].flatten(), lambda of: heads * _one_each(of))
+
+        def of_heads(batch: Batch) -> torch.Tensor:
+            rewards: torch.Tensor = self.model(batch, each_head=True)[batch.last_of_texts]
+            return rewards.flatten()
+
+        return self.score(rollouts, of_heads, lambda of: heads * _one_each(of))
 
 
 class LearningRole(Role):
@@ -112,17 +125,27 @@ class LearningRole(Role):
     def resume(self, step: int) -> None:
         self.learner.load(self.checkpoints, step)
 
-    def learn(self, packable: list[Sample], step: int, loss: Loss, settings: Ppo | OnPolicyDistill) -> dict[str, float]:
-        """`epochs` passes over the step's samples in mini-batches of `global_batch`; returns the mean of each metric."""
-        n, size, history = len(packable), settings.global_batch, []
+    def prompts(self, rollout: Rollout, extras: dict[str, Floats], weights: Floats) -> list[list[Sample]]:
+        """Packable samples by the prompt that they answer; one holds as many answers as a micro-batch does."""
+        groups = self.together(rollout)
+        found: dict[int, list[Sample]] = {}
+        for group, sample in zip(groups, samples(rollout, extras, weights, groups), strict=True):
+            found.setdefault(int(rollout.index[group[0]]) // self.config.samples_per_prompt, []).append(sample)
+        return list(found.values())
+
+    def learn(self, units: list[list[Sample]], size: int, step: int, loss: Loss, settings: Ppo | OnPolicyDistill) -> dict[str, float]:
+        """`epochs` passes over the units, `size` of them an optimizer step; returns the mean of each metric, and of the first optimizer
+        step its `ratio_error`."""
+        n, history = len(units), []
         for epoch in range(settings.epochs):
             order = sample_index(self.recipe.seed, step * settings.epochs + epoch, np.arange(n), n, "ppo")
             for start in range(0, n, size):
-                ids = order[start : start + size]
-                shares = balance([len(packable[i].tokens) for i in ids], self.world, settings.micro_batch)[self.rank]
-                batches = [Batch.of(pack([packable[ids[i]] for i in share]), self.device) for share in shares]
-                history.append(self.learner.step(batches, loss))
-        return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]}
+                mine = [sample for i in order[start : start + size] for sample in units[i]]
+                shares = balance([len(sample.tokens) for sample in mine], self.world, settings.micro_batch)[self.rank]
+                chosen = [[mine[i] for i in share] or [uncounted(mine[0])] for share in shares]
+                history.append(self.learner.step([Batch.of(pack(some), self.device) for some in chosen], loss))
+        first = {name: history[0][name] for name in ("ratio_error",) if name in history[0]}
+        return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]} | first
 
 
 class PolicyWorker(LearningRole):
@@ -163,7 +186,8 @@ class PolicyWorker(LearningRole):
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         extras = {name: getattr(experience, name) for name in ("log_probs", "ref_log_probs", "advantages", "shares")}
         loss = partial(policy_objective, config=self.config, kl_coef=experience.kl_coef)
-        return self.learn(samples(experience.rollout, extras, experience.weights), step, loss, self.config)
+        prompts = self.prompts(experience.rollout, extras, experience.weights)
+        return self.learn(prompts, self.config.prompts_at_once, step, loss, self.config)
 
     def weights(self) -> Weights:
         return gathered(self.learner.model, self.rank)
@@ -196,8 +220,8 @@ class CriticWorker(LearningRole):
         assert returns is not None
         extras = {"values": values, "returns": returns}
         counted = (experience.weights > 0).astype(np.float32)  # every token of a critic counts the same
-        packable = samples(experience.rollout, extras, counted)
-        return self.learn(packable, step, partial(value_objective, config=self.config), self.config)
+        prompts = self.prompts(experience.rollout, extras, counted)
+        return self.learn(prompts, self.config.prompts_at_once, step, partial(value_objective, config=self.config), self.config)
 
 
 def policy_objective(model: torch.nn.Module, batch: Batch, config: Ppo, kl_coef: float) -> Sums:
@@ -207,6 +231,7 @@ def policy_objective(model: torch.nn.Module, batch: Batch, config: Ppo, kl_coef:
     now = found[:, 0] if config.entropy_coef else found
     terms, clipped = policy_loss(now, at["log_probs"], at["advantages"], batch.owners, config)
     figures = {"clip_fraction": clipped.float(), "update_kl": kl(at["log_probs"] - now, "k3")}
+    figures["ratio_error"] = (now - at["log_probs"]).detach().expm1().abs()  # 0 before the first optimizer step, up to rounding
     if kl_coef:
         apart = kl(now - at["ref_log_probs"], config.kl_estimator)
         terms, figures["reference_kl"] = terms + kl_coef * apart, apart

@@ -7,8 +7,10 @@ An engine lives in its actor's process (no second process to lose), is given ids
 one id outside the vocabulary would make vLLM wait for ever.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ import numpy.typing as npt
 
 from cluster.groups import Worker
 from cluster.hardware import hardware
-from rlhf.experience import Rollout
+from rlhf.experience import Rollout, merge
+from rlhf.sampling import Piece, Sampling, Wanted
 
 # What an engine's process needs before vLLM is imported.
 ENGINE_ENV = {
@@ -28,6 +31,18 @@ ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
 }
 CPU_ENV = {"TORCHDYNAMO_DISABLE": "1"}  # without a GPU the sampler's first compiled call costs 6 s and gains nothing
+
+
+@dataclass
+class Answers:
+    """What was asked of one prompt, and what is there already."""
+
+    asked: Wanted
+    given: dict[int, Any] = field(default_factory=dict)  # which of its seeds -> vLLM's CompletionOutput
+
+    @property
+    def tokens(self) -> int:
+        return len(self.asked.prompt) * len(self.given) + sum(len(completion.token_ids) for completion in self.given.values())
 
 
 class EngineWorker(Worker):
@@ -51,6 +66,7 @@ class EngineWorker(Worker):
         hw = hardware()
         self.stop, self.vocab_size, self.max_tokens = list(stop), vocab_size, max_tokens
         self.version = "initial"
+        self.inbox: SimpleQueue[tuple[Sequence[Wanted], bool]] = SimpleQueue()
         self.llm = LLM(
             str(model),
             skip_tokenizer_init=True,
@@ -77,36 +93,85 @@ class EngineWorker(Worker):
 
         Raises ValueError for an empty or over-long prompt and for ids outside the vocabulary.
         """
-        from vllm import SamplingParams, TokensPrompt
+        asked = [Wanted(i, list(prompt), [seed]) for i, prompt, seed in zip(index, prompts, seeds, strict=True)]
+        return merge([piece for piece in self.stream(asked, Sampling(max_tokens, temperature, 1), True) if isinstance(piece, Rollout)])
 
-        self._check(prompts, max_tokens)
-        params = [
-            SamplingParams(
-                temperature=temperature,
-                max_tokens=max_tokens,
-                seed=seed,
-                logprobs=0,
-                stop_token_ids=self.stop,
-                detokenize=False,
-            )
-            for seed in seeds
-        ]
-        outputs = self.llm.generate([TokensPrompt(prompt_token_ids=list(p)) for p in prompts], params, use_tqdm=False)
+    def stream(self, asked: Sequence[Wanted], sampling: Sampling, last: bool) -> Iterator[Rollout | Piece]:
+        """Answers as they finish, in pieces of whole prompts: a `Rollout`, its `Piece`, the next `Rollout`, ...
+
+        Unless these are the `last`, `more` brings further ones meanwhile. Raises ValueError as `generate` does, and then has
+        nothing left to do: the engine is as it was before.
+        """
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self.llm.llm_engine
+        under_way: dict[str, Answers] = {}
+        ready: list[Answers] = []
+        size = 0
+
+        def add(some: Sequence[Wanted]) -> None:
+            self._check([one.prompt for one in some], sampling.max_tokens)
+            for one in some:
+                answers = Answers(one)
+                for k, seed in enumerate(one.seeds):
+                    request = f"{one.first + k}"
+                    under_way[request] = answers
+                    params = SamplingParams(
+                        temperature=sampling.temperature,
+                        max_tokens=sampling.max_tokens,
+                        seed=seed,
+                        logprobs=0,
+                        stop_token_ids=self.stop,
+                        detokenize=False,
+                        output_kind=RequestOutputKind.FINAL_ONLY,
+                    )
+                    engine.add_request(request, TokensPrompt(prompt_token_ids=one.prompt), params)
+
+        try:
+            add(asked)
+            while under_way or ready or not last:
+                while not last and not (self.inbox.empty() and (under_way or ready)):  # with nothing to do it waits for more
+                    asked, last = self.inbox.get()
+                    add(asked)
+                with self.at_work("generate"):
+                    for output in engine.step() if under_way else ():
+                        if output.finished:
+                            answers = under_way.pop(output.request_id)
+                            answers.given[int(output.request_id) - answers.asked.first] = output.outputs[0]
+                            if len(answers.given) == len(answers.asked.seeds):
+                                ready.append(answers)
+                                size += answers.tokens
+                    piece = self._rollout(ready) if ready and (size >= sampling.piece_tokens or not under_way) else None
+                if piece is not None:
+                    done = sum(answers.asked.outstanding(sampling) for answers in ready)
+                    ready, told = [], Piece(len(piece.index), size, done)
+                    size = 0
+                    yield piece
+                    yield told
+        finally:
+            if under_way:
+                engine.abort_request(list(under_way))
+
+    def more(self, asked: Sequence[Wanted], last: bool) -> None:
+        """Further prompts for the `stream` that is being read; after the `last` ones it ends. Called beside it, in another thread."""
+        self.inbox.put((asked, last))
+
+    def _rollout(self, ready: Sequence["Answers"]) -> Rollout:
+        """What the engine wrote, as flat arrays."""
         tokens: list[int] = []
         log_probs: list[float] = []
-        lengths = []
-        for prompt, output in zip(prompts, outputs, strict=True):
-            completion = output.outputs[0]
+        found = [(answers.asked, k, answers.given[k]) for answers in ready for k in range(len(answers.asked.seeds))]
+        for asked, _, completion in found:
             ids = list(completion.token_ids)
-            tokens += [*prompt, *ids]
+            tokens += [*asked.prompt, *ids]
             log_probs += [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
-            lengths.append(len(ids))
         return Rollout(
-            np.asarray(index, np.int64),
-            np.array([len(p) for p in prompts], np.int64),
-            np.array(lengths, np.int64),
+            np.array([asked.first + k for asked, k, _ in found], np.int64),
+            np.array([len(asked.prompt) for asked, _, _ in found], np.int64),
+            np.array([len(completion.token_ids) for _, _, completion in found], np.int64),
             np.array(tokens, np.int32),
-            np.array([output.outputs[0].finish_reason == "stop" for output in outputs]),
+            np.array([completion.finish_reason == "stop" for _, _, completion in found]),
             np.array(log_probs, np.float32),
             self.version,
         )

@@ -25,7 +25,7 @@ from cluster.hardware import hardware, use_deterministic_kernels
 from cluster.training import Layout, Report, fit
 from data.errors import DataError
 from data.order import batch_indices
-from data.packing import Sample, balance, pack
+from data.packing import Sample, balance, pack, uncounted
 from data.tokenizers import Tokenizer
 from data.tokenizers import load as load_tokenizer
 from rlhf.efficiency import Clock
@@ -243,9 +243,4 @@ def plan(units: Units, ids: Sequence[int], world: int, budget: int) -> list[list
 
 def batch_of(units: Units, some: Sequence[int], spare: int, device: torch.device) -> Batch:
     """One micro-batch; a rank that has no unit in it computes `spare`, and counts nothing."""
-    return Batch.of(pack([s for i in some for s in units.get(i)] or idle(units.get(spare))), device)
-
-
-def idle(unit: Unit) -> Unit:
-    """A unit for a rank that has none: it takes part in the collective operations and counts nothing."""
-    return [Sample(s.tokens, np.zeros(len(s.tokens), np.float32), s.extras, s.lengths, s.prefix) for s in unit]
+    return Batch.of(pack([s for i in some for s in units.get(i)] or [uncounted(s) for s in units.get(spare)]), device)

@@ -16,14 +16,14 @@ from tiny import CPU, causal_lm, plain_twin
 from transformers import PreTrainedModel
 
 from data.examples import Examples, prepare_preferences
-from data.packing import Sample, pack
+from data.packing import Sample, pack, uncounted
 from data.tokenizers import Tokenizer
 from data.tokenizers import train as train_tokenizer
 from rlhf.losses import dpo, ipo, kto, simpo
 from rlhf.models import Batch, LanguageModel, save_model
 from rlhf.preference import PER_TOKEN, preference_loss, task, units
 from rlhf.recipe import Preference, Recipe
-from rlhf.training import batch_of, idle, plan, worker
+from rlhf.training import batch_of, plan, worker
 
 METHODS = ("dpo", "ipo", "simpo", "kto")
 WORDS = ("red", "blue", "green", "grey")
@@ -126,7 +126,7 @@ def test_packed_rankings_equal_rows_of_their_own(method: str) -> None:
         assert (p.grad - gradients[name].grad).norm() < 1e-4 * gradients[name].grad.norm() + 1e-7, name
 
     ours.zero_grad()
-    nothing, sums = preference_loss(model, Batch.of(pack(idle(rankings[:1])), CPU), config)
+    nothing, sums = preference_loss(model, Batch.of(pack([uncounted(rankings[0])]), CPU), config)
     nothing.backward()
     assert float(nothing.detach()) == 0
     assert all(float(x) == 0 for x in sums.values())

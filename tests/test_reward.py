@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import CPU, recipe_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from data.packing import Sample, pack
+from data.packing import Sample, pack, uncounted
 from rlhf.attention import PACKED
 from rlhf.experience import Rollout, align
 from rlhf.learner import Learner
@@ -21,7 +21,6 @@ from rlhf.models import Batch, ScalarModel, hidden_states
 from rlhf.recipe import Recipe, Reward
 from rlhf.reward import BINS, draws, figures, pairs, ranking_loss, units
 from rlhf.roles import RewardWorker
-from rlhf.training import idle
 
 Ranking = tuple[int, list[tuple[int, float]]]  # prompt tokens, [(answer tokens, score)] best first
 
@@ -192,7 +191,7 @@ def test_shares_of_a_ranking_sum_to_one_and_an_idle_ranks_to_zero() -> None:
     assert gaps.tolist() == [1, 2, 1, 1]
     assert shares.tolist() == pytest.approx([1 / 3] * 3 + [1])
     assert (better < worse).all()
-    assert pairs(Batch.of(pack(idle(packed)), CPU))[3].tolist() == [0, 0, 0, 0]
+    assert pairs(Batch.of(pack([uncounted(s) for s in packed]), CPU))[3].tolist() == [0, 0, 0, 0]
 
 
 def test_figures_add_up_over_pieces() -> None:
