@@ -70,6 +70,7 @@ NO_MATTER = {
     "ppo.checkpoint_every",
     "ppo.groups",
     "ppo.log_prob_gap_limit",
+    "ppo.weight_sync",
 }
 
 WHOLE_FILE = 256 << 20  # larger inputs count by size, time of change, first and last MiB: hashing a terabyte would take an hour

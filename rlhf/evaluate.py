@@ -27,6 +27,7 @@ from rlhf.pretrain import bits_per_byte, every_token, token_loss
 from rlhf.recipe import Recipe
 from rlhf.roles import ReferenceWorker, RewardWorker
 from rlhf.scorers import SCORERS
+from rlhf.sync import sync_weights
 
 
 class JudgedModel(ReferenceWorker):
@@ -114,8 +115,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
 def judge(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, stage: str) -> tuple[Rollout, np.ndarray, np.ndarray]:
     """Let the engines answer with `role`'s weights: the answers, their rewards [n], their KL from the SFT model [n] in nats."""
     seconds = recipe.cluster.deadline_s
-    weights = graph[role].start("weights")
-    wait(graph["rollout"].start("update_weights", stage, weights[f"{role}[0]"]), seconds, f"weights of {stage}")
+    sync_weights(graph, recipe, stage, role)
     rollouts = generate(graph, recipe, prompts, 0)
     scoring = {name: graph[name].start("log_probs", *rollouts) for name in ("policy", "reference")}
     scoring["reward"] = graph["reward"].start("scores", *rollouts)

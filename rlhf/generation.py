@@ -1,6 +1,6 @@
 """Prompts to the engines, rollouts back: the controller's side of the rollout group.
 
-    rollouts = generate(graph, recipe, prompts, step)     # references, one per engine
+rollouts = generate(graph, recipe, prompts, step)     # references, one per engine
 """
 
 from ray import ObjectRef

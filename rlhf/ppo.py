@@ -54,9 +54,8 @@ def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, kl_coef:
     metrics |= {f"policy_{name}": value for name, value in learned["policy[0]"].items()}
     metrics |= {f"critic_{name}": value for name, value in learned["critic[0]"].items()}
 
-    sync_weights(graph, recipe, version=f"step-{step + 1}")
-    metrics["sync/log_prob_gap"] = gate(graph, recipe, prompts, step)
-    return metrics
+    metrics |= sync_weights(graph, recipe, version=f"step-{step + 1}")
+    return metrics | gate(graph, recipe, prompts, step)
 
 
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:

@@ -321,9 +321,15 @@ class Ppo(Optimizer):
         source="TRL, missing_eos_penalty",
     )
     whiten_advantages: bool = key(True, "Advantages get mean 0 and variance 1 over all response tokens of the rollout.")
+    weight_sync: Literal["auto", "object_store", "gloo", "nccl", "ipc"] = key(
+        "auto",
+        "How the policy's weights reach the engines: Ray's object store, a broadcast between nodes (`gloo`; `nccl` between GPUs), or CUDA "
+        "IPC for an engine on its policy's GPU. `auto`: nccl between GPUs, else object_store on one node and gloo on several.",
+    )
     log_prob_gap_limit: float | None = key(
         None,
-        "The run stops when engine and policy disagree by more than this after a weight sync. Default: 1e-3 in fp32, 0.2 in bf16.",
+        "Engine and policy may disagree by so much after a weight sync; beyond it weights are sent once more, then the run stops. "
+        "Default: 1e-3 in fp32, 0.2 in bf16.",
         unit="nats",
     )
     checkpoint_every: int = key(10, "Steps between two checkpoints.", unit="steps", ge=1)
@@ -396,6 +402,8 @@ class Recipe(Section):
         ):
             if isinstance(budget, int) and length > budget:
                 wrong.append(f"{name} = {length} does not fit into micro_batch = {budget} of that stage")
+        if self.ppo.weight_sync in ("nccl", "ipc") and not (self.ppo.groups.policy.gpus and self.ppo.groups.rollout.gpus):
+            wrong.append(f"ppo.weight_sync = {self.ppo.weight_sync} needs GPUs in ppo.groups.policy and ppo.groups.rollout")
         if self.ppo.kl_horizon < self.ppo.rollout_batch:
             wrong.append(f"ppo.kl_horizon = {self.ppo.kl_horizon} is smaller than ppo.rollout_batch = {self.ppo.rollout_batch}")
         if self.ppo.global_batch > self.ppo.rollout_batch:

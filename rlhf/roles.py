@@ -1,6 +1,6 @@
 """The four model roles of the actor graph. Each worker is one rank of its role; all ranks are called together.
 
-    policy.log_probs(*rollouts), policy.update(experience, ...), policy.weights()
+    policy.log_probs(*rollouts), policy.update(experience, ...), policy.send(bucket)
     reference.log_probs(*rollouts)
     reward.scores(*rollouts)
     critic.values(*rollouts), critic.update(experience, ...)
@@ -11,7 +11,6 @@ Who scores which sample is arithmetic, so the ranks need not talk about it.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -27,8 +26,8 @@ from rlhf.learner import Learner, Loss, full_weights, shard
 from rlhf.losses import clipped_policy, clipped_value
 from rlhf.models import Batch, LanguageModel, ScalarModel, load_causal_lm, load_critic, load_reward_model, save_model
 from rlhf.recipe import Recipe
+from rlhf.weight_sender import WeightSender
 
-Weights = dict[str, np.ndarray[Any, Any]]
 Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
@@ -59,12 +58,6 @@ class Role(Worker):
         return np.array(index, np.int64), np.concatenate(values) if values else np.zeros(0, np.float32)
 
 
-def gathered(model: torch.nn.Module, rank: int) -> Weights:
-    """The whole model as numpy arrays in transformers' names, on rank 0; {} on the others. All ranks call it."""
-    state = full_weights(model)
-    return {name: tensor.numpy() for name, tensor in state.items()} if rank == 0 else {}
-
-
 def _one_each(rollout: Rollout) -> Ints:
     return np.ones(len(rollout.index), np.int64)
 
@@ -73,7 +66,7 @@ def _per_response_token(rollout: Rollout) -> Ints:
     return rollout.response_lengths
 
 
-class ReferenceWorker(Role):
+class ReferenceWorker(WeightSender, Role):
     """The frozen model that KL is measured against."""
 
     def load(self) -> None:
@@ -83,8 +76,9 @@ class ReferenceWorker(Role):
         """log pi_ref of every response token."""
         return self.score(rollouts, lambda batch: self.model(batch, self.config.temperature), _per_response_token)
 
-    def weights(self) -> Weights:
-        return gathered(self.model, self.rank)
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.model
 
 
 class RewardWorker(Role):
@@ -123,7 +117,7 @@ class LearningRole(Role):
         return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]}
 
 
-class PolicyWorker(LearningRole):
+class PolicyWorker(WeightSender, LearningRole):
     """The model that learns to please the reward model."""
 
     def load(self, steps: int, checkpoints: Path) -> None:
@@ -146,8 +140,9 @@ class PolicyWorker(LearningRole):
         extras = {"log_probs": experience.log_probs, "advantages": experience.advantages}
         return self.learn(experience, step, extras, loss)
 
-    def weights(self) -> Weights:
-        return gathered(self.learner.model, self.rank)
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.learner.model
 
     def export(self, out: Path, tokenizer: Path) -> None:
         """Write the model as a transformers directory."""

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.tokenizers import Tokenizer, from_model, train
 from rlhf import models
 from rlhf.errors import RecipeError
+from rlhf.model_sizes import PRESETS
 from rlhf.models import (
     LanguageModel,
     ScalarModel,
@@ -23,7 +24,6 @@ from rlhf.models import (
     new_causal_lm,
     save_model,
 )
-from rlhf.model_sizes import PRESETS
 from rlhf.recipe import Model
 
 VOCAB = 261  # 256 bytes and 5 special tokens
