@@ -2,7 +2,7 @@
 
     mine = shards(model)                                   # this rank's part of every weight, by transformers' names
     for bucket in plan(specs(mine, "bfloat16")):           # lists of Spec, at most 256 MiB each
-        packed = gather(mine, bucket, keep=rank == 0)      # all ranks call it; one flat uint8 tensor, on rank 0
+        packed = gather(mine, bucket, buffer)              # all ranks call it; those with a buffer get the bytes
 
 A packed bucket is the bytes of its tensors, one after another, which is also how vLLM packs them for nccl and CUDA IPC.
 """
@@ -74,22 +74,24 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def gather(weights: Mapping[str, torch.Tensor], bucket: Sequence[Spec], keep: bool, device: torch.device | None = None) -> torch.Tensor:
-    """The bucket as one uint8 tensor on `device` (default: where the weights are). All ranks call it, in the same order.
+def gather(weights: Mapping[str, torch.Tensor], bucket: Sequence[Spec], into: torch.Tensor | None) -> torch.Tensor | None:
+    """The bucket's bytes at the beginning of `into`, a uint8 tensor on any device. All ranks call it, in the same order.
 
-    A rank without `keep` only takes part, one tensor at a time, and gets an empty tensor.
+    A rank that needs nothing gives None and only takes part, one tensor at a time.
     """
-    packed: torch.Tensor | None = None
     begin = 0
     for spec in bucket:
         tensor = whole(weights[spec.name])
-        if not keep:
-            continue
-        if packed is None:
-            packed = torch.empty(sum(s.nbytes for s in bucket), dtype=torch.uint8, device=device or tensor.device)
-        packed[begin : begin + spec.nbytes].copy_(tensor.to(getattr(torch, spec.dtype)).contiguous().reshape(-1).view(torch.uint8))
+        if into is not None:
+            raw = tensor.to(getattr(torch, spec.dtype)).contiguous().reshape(-1).view(torch.uint8)
+            into[begin : begin + spec.nbytes].copy_(raw)
         begin += spec.nbytes
-    return torch.empty(0, dtype=torch.uint8) if packed is None else packed
+    return None if into is None else into[:begin]
+
+
+def size(bucket: Sequence[Spec]) -> int:
+    """Bytes of a packed bucket."""
+    return sum(spec.nbytes for spec in bucket)
 
 
 def unpack(packed: torch.Tensor, bucket: Sequence[Spec]) -> Iterator[tuple[str, torch.Tensor]]:

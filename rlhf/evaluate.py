@@ -27,7 +27,7 @@ from rlhf.pretrain import bits_per_byte, every_token, token_loss
 from rlhf.recipe import Recipe
 from rlhf.roles import ReferenceWorker, RewardWorker
 from rlhf.scorers import SCORERS
-from rlhf.sync import sync_weights
+from rlhf.sync import refuse_gap, sync_weights
 
 
 class JudgedModel(ReferenceWorker):
@@ -123,6 +123,7 @@ def judge(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, sta
     rollout = merge(list(wait({f"rollout[{i}]": ref for i, ref in enumerate(rollouts)}, seconds, "rollout").values()))
     rewards = align(found["reward"], np.ones_like(rollout.index))
     ours, reference = (align(found[name], rollout.response_lengths) for name in (role, "reference"))
+    refuse_gap(float(np.abs(ours - rollout.log_probs).max()), recipe, f"answers of the {stage} model")
     ends = np.cumsum(rollout.response_lengths) - 1
     kl = np.diff(np.cumsum((ours - reference).astype(np.float64))[ends], prepend=0.0)
     return rollout, rewards, kl

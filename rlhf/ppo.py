@@ -83,6 +83,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         if start:
             wait(graph["policy"].start("resume", start) | graph["critic"].start("resume", start), seconds, "resume")
         sync_weights(graph, recipe, version=f"step-{start}")
+        gate(graph, recipe, [prompts[0]["prompt"].tolist()], start)
 
         kl_coef = kl_coef_after(start, config, out)
         for step in range(start, config.steps):

@@ -18,7 +18,7 @@ from ray import ObjectRef
 
 from cluster.deadlines import wait
 from cluster.groups import Group
-from rlhf.buckets import Spec, plan
+from rlhf.buckets import Spec, plan, size
 from rlhf.errors import TrainingError
 from rlhf.experience import align, merge
 from rlhf.fingerprints import differing
@@ -61,7 +61,7 @@ def sync_weights(graph: Graph, recipe: Recipe, version: str, source: str = "poli
     wait(before, seconds, what)
     wait(rollout.start("finish_weight_update", version), seconds, what)
     took = time.perf_counter() - began
-    return {"sync/seconds": took, "sync/mb_per_s": sum(spec.nbytes for bucket in link.buckets for spec in bucket) / 1e6 / took}
+    return {"sync/seconds": took, "sync/mb_per_s": sum(map(size, link.buckets)) / 1e6 / took}
 
 
 def link_to(graph: Graph, recipe: Recipe, source: str) -> Link:
@@ -85,7 +85,7 @@ def link_to(graph: Graph, recipe: Recipe, source: str) -> Link:
             # vLLM broadcasts a call's tensors in one piece when its buffer is as large as our buckets.
             "nccl": {
                 **{"master_address": host, "master_port": port, "rank_offset": 1 + rank, "world_size": world},
-                **{"packed": True, "packed_buffer_size_bytes": max(sum(spec.nbytes for spec in bucket) for bucket in buckets)},
+                **{"packed": True, "packed_buffer_size_bytes": max(map(size, buckets))},
             },
             "ipc": {"packed": True},
         }[transport]

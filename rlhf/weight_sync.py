@@ -23,7 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from cluster.broadcast import broadcast, gloo_group
-from rlhf.buckets import Spec, unpack
+from rlhf.buckets import Spec, size, unpack
 from rlhf.fingerprints import Fingerprint, engine_fingerprints
 
 
@@ -113,7 +113,7 @@ class GlooEngine(Reloading):
         self.group = gloo_group(init_info.host, init_info.port, init_info.rank, init_info.world, init_info.seconds)
 
     def packed(self, update_info: Bucket) -> torch.Tensor:
-        received = torch.empty(sum(spec.nbytes for spec in update_info.specs), dtype=torch.uint8)
+        received = torch.empty(size(update_info.specs), dtype=torch.uint8)
         broadcast(self.group, received)
         return received
 

@@ -3,15 +3,18 @@
 from itertools import pairwise
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import causal_lm
 
 from rlhf import buckets
-from rlhf.buckets import Spec, gather, plan, shards, specs, unpack
+from rlhf.buckets import Spec, gather, plan, shards, size, specs, unpack
 from rlhf.fingerprints import differing, fingerprint
 from rlhf.models import LanguageModel
+from rlhf.recipe import Recipe
+from rlhf.weight_sender import transport
 
 DTYPES = {"float32": 4, "bfloat16": 2, "int64": 8, "uint8": 1}
 
@@ -38,8 +41,8 @@ def test_every_tensor_is_in_one_bucket_in_order_and_within_the_limit(some: list[
 def test_a_packed_bucket_unpacks_to_the_same_tensors(some: list[Spec]) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = {s.name: torch.randint(0, 99, s.shape, generator=generator).to(getattr(torch, s.dtype)) for s in some}
-    packed = gather(weights, some, keep=True)
-    assert packed.numel() == sum(s.nbytes for s in some)
+    packed = gather(weights, some, torch.empty(size(some) + 5, dtype=torch.uint8))
+    assert packed.numel() == size(some) == sum(t.numel() * t.element_size() for t in weights.values())
     found = dict(unpack(packed, some))
     assert list(found) == list(weights)
     for name, tensor in weights.items():
@@ -51,7 +54,7 @@ def test_floats_travel_in_the_engines_dtype() -> None:
     weights = {"w": torch.tensor([[1.0, 1 / 3]]), "n": torch.tensor([7])}
     cut = specs(weights, "bfloat16")
     assert [(s.name, s.shape, s.dtype) for s in cut] == [("w", (1, 2), "bfloat16"), ("n", (1,), "int64")]
-    found = dict(unpack(gather(weights, cut, keep=True), cut))
+    found = dict(unpack(gather(weights, cut, torch.empty(size(cut), dtype=torch.uint8)), cut))
     assert torch.equal(found["w"], weights["w"].bfloat16())
     assert torch.equal(found["n"], weights["n"])
 
@@ -78,3 +81,16 @@ def test_a_fingerprint_shows_a_change_of_any_one_weight() -> None:
         changed[row, column] += 1e-3
         assert differing(ours, {"a": [ours["a"], fingerprint(changed)], "b": [ours["b"]]}) == ["a"]
     assert differing(ours, {"a": [np.full(40, np.nan, np.float32)]}) == ["a"], "what is not there is not compared"
+
+
+@pytest.mark.parametrize(
+    ("policy", "rollout", "nodes", "chosen"),
+    [(0, 0, 1, "object_store"), (0, 0, 3, "gloo"), (1, 2, 3, "nccl"), (1, 0, 1, "object_store"), (0.5, 0.5, 1, "object_store")],
+)
+def test_auto_takes_what_the_hardware_has(policy: float, rollout: float, nodes: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
+    sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
+    groups = {"policy": {"gpus": policy}, "rollout": {"gpus": rollout}}
+    assert transport(Recipe(name="test", data=sources, ppo={"groups": groups})) == chosen
+    assert transport(Recipe(name="test", data=sources, ppo={"groups": groups, "weight_sync": "gloo"})) == "gloo"

@@ -11,18 +11,21 @@ import torch
 
 import rlhf.sync
 from cluster.deadlines import wait
+from cluster.groups import Group
+from cluster.placement import Demand, place
 from data import tokenizers
 from rlhf import buckets
 from rlhf.advantages import next_kl_coef
-from rlhf.buckets import unpack
+from rlhf.buckets import Spec, unpack
 from rlhf.errors import TrainingError
 from rlhf.experience import merge
 from rlhf.generation import generate, sample_seed
 from rlhf.graph import engines, open_graph
 from rlhf.models import new_causal_lm, save_model
 from rlhf.ppo import kl_coef_after
-from rlhf.recipe import Group, Groups, Model, Ppo, Recipe
+from rlhf.recipe import Model, Ppo, Recipe
 from rlhf.roles import PolicyWorker
+from rlhf.rollout import CPU_ENV, ENGINE_ENV
 from rlhf.sync import differences, gate, refuse_gap, sync_weights
 
 pytestmark = pytest.mark.slow
@@ -57,7 +60,7 @@ def graph(ray_session, recipe, model, tokenizer, tmp_path_factory):
     roles = {"rollout": engines(recipe, model, tokenizer), "policy": (PolicyWorker, (recipe, model))}
     with open_graph(recipe, roles) as graph:
         loading = graph["policy"].start("load", 10, tmp_path_factory.mktemp("checkpoints"))
-        wait(loading | graph["rollout"].start("ready"), 120, "load")
+        wait(loading | graph["rollout"].start("ready"), 300, "load")
         yield graph
 
 
@@ -82,16 +85,18 @@ def spoil(graph, engine: int, change, always: bool) -> None:
     """`change`, in place, the tensors that an engine is about to load, once or always, as a broken transport would."""
 
     def wrap(worker) -> None:
-        load = type(worker).update_weights
+        load = type(worker.llm).update_weights
 
-        def broken(bucket, *carried):
-            packed = torch.from_numpy(carried[0]["array"].copy())
-            change(dict(unpack(packed, bucket)))
+        def broken(request):
+            info = request["update_info"]
+            packed = torch.from_numpy(info["array"].copy())
+            specs = [Spec(*of) for of in zip(info["names"], info["shapes"], info["dtype_names"], strict=True)]
+            change(dict(unpack(packed, specs)))
             if not always:
-                del worker.update_weights
-            load(worker, bucket, {"array": packed.numpy()})
+                del worker.llm.update_weights
+            load(worker.llm, {"update_info": info | {"array": packed.numpy()}})
 
-        worker.update_weights = broken
+        worker.llm.update_weights = broken
 
     ray.get(graph["rollout"].actors[engine].__ray_call__.remote(lambda worker: wrap(worker)))
 
@@ -99,7 +104,7 @@ def spoil(graph, engine: int, change, always: bool) -> None:
 def mend(graph, recipe) -> None:
     """Every engine has whole weights again, whatever the test did."""
     for actor in graph["rollout"].actors:
-        ray.get(actor.__ray_call__.remote(lambda worker: worker.__dict__.pop("update_weights", None) and None))
+        ray.get(actor.__ray_call__.remote(lambda worker: vars(worker.llm).pop("update_weights", None) and None))
     sync_weights(graph, recipe, "mended")
     assert gate(graph, recipe, PROMPTS, 0)["sync/resyncs"] == 0
 
@@ -197,21 +202,25 @@ def test_a_stale_packed_output_layer_is_named(graph, recipe):
 def test_many_buckets_and_a_broadcast_give_the_same_weights(graph, recipe, model, tokenizer, monkeypatch):
     """Two engines, one gloo group with the policy, buckets of 40 kB, fp32 on both sides: everything equal, and equal again."""
     monkeypatch.setattr(rlhf.sync, "plan", lambda specs: buckets.plan(specs, 40_000))
-    small = Group.model_validate({"cpus": 0.25})
-    ppo = recipe.ppo.model_copy(update={"weight_sync": "gloo", "groups": Groups(rollout=small.model_copy(update={"workers": 2}))})
-    of_two = recipe.model_copy(update={"ppo": ppo})
-    with open_graph(of_two, {"rollout": engines(of_two, model, tokenizer)}) as more:
-        wait(more["rollout"].start("ready"), 300, "load")
-        both = {"policy": graph["policy"], "rollout": more["rollout"]}
+    of_two = recipe.model_copy(update={"ppo": recipe.ppo.model_copy(update={"weight_sync": "gloo"})})
+    worker, args = engines(of_two, model, tokenizer)
+    demand = Demand(2, cpus=0.25, gpus=0)
+    placement = place({"two-engines": demand}, 30)["two-engines"]
+    group = Group("rollout", worker, demand, placement, args=args, threads=1, env=ENGINE_ENV | CPU_ENV)
+    both = {"policy": graph["policy"], "rollout": group}
+    try:
+        wait(group.start("ready"), 300, "load")
         for version in ("step-1", "step-2"):  # the group is made once
             sync_weights(both, of_two, version)
             assert gate(both, of_two, PROMPTS, 1)["sync/log_prob_gap"] < 1e-5
             assert [rollout.version for rollout in ray.get(generate(both, of_two, PROMPTS, 0))] == [version, version]
-        link = rlhf.sync._links[more["rollout"]]
+        link = rlhf.sync._links[group]
         assert link.transport == "gloo"
         assert len(link.buckets) > 5
         for engine in ("rollout[0]", "rollout[1]"):
             assert differences(both, of_two, engine).startswith("All 21 tensors")
+    finally:
+        group.stop()
     mend(graph, recipe)  # the policy goes back to the object store
 
 
