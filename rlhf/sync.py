@@ -9,12 +9,15 @@ bucket the policy gathers the next one; two are on their way at most.
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import ray
 from ray import ObjectRef
+from ray.exceptions import RayTaskError
 
 from cluster.deadlines import wait
 from cluster.groups import Group
@@ -36,13 +39,13 @@ NAMED = 8  # tensors that an error lists
 class Link:
     """What a sending group and the engines have agreed on."""
 
-    members: tuple[Any, ...]  # the actors; when one is replaced the rest must meet it anew
+    members: tuple[Any, ...]  # the actors; when one is replaced the rest must meet anew
     transport: str
     dtype: str  # the engines'
     buckets: list[list[Spec]]
 
 
-_links: WeakKeyDictionary[Group, Link] = WeakKeyDictionary()  # by the rollout group
+_links: WeakKeyDictionary[Group, Link] = WeakKeyDictionary()  # the latest of each group; it holds while it is that of both
 
 
 def sync_weights(graph: Graph, recipe: Recipe, version: str, source: str = "policy") -> dict[str, float]:
@@ -56,20 +59,33 @@ def sync_weights(graph: Graph, recipe: Recipe, version: str, source: str = "poli
         # A broadcast needs both sides in the call; otherwise the engines wait for what the call carries.
         carried = () if link.transport in BROADCASTS else tuple(sent.values())
         arrived = rollout.start("update_weights", bucket, *carried)
-        wait(before, seconds, what)
+        settle(before, seconds, what)
         before = sent | arrived
-    wait(before, seconds, what)
+    settle(before, seconds, what)
     wait(rollout.start("finish_weight_update", version), seconds, what)
     took = time.perf_counter() - began
     return {"sync/seconds": took, "sync/mb_per_s": sum(map(size, link.buckets)) / 1e6 / took}
+
+
+def settle(refs: Mapping[str, ObjectRef], seconds: float, what: str) -> None:
+    """As `wait`. When an actor dies in a broadcast, the connections of the others break before Ray tells of it: its name is told first."""
+    try:
+        wait(refs, seconds, what)
+    except RayTaskError:
+        for name, ref in refs.items():
+            if ray.wait([ref], timeout=2)[0]:
+                with suppress(RayTaskError):
+                    wait({name: ref}, seconds, what)
+        raise
 
 
 def link_to(graph: Graph, recipe: Recipe, source: str) -> Link:
     """The link from `source` to the engines, made when there is none or when any of their actors is another one."""
     sender, rollout, seconds = graph[source], graph["rollout"], recipe.cluster.deadline_s
     members = (*sender.actors, *rollout.actors)
-    if rollout in _links and _links[rollout].members == members:
-        return _links[rollout]
+    latest = _links.get(rollout)
+    if latest is not None and latest is _links.get(sender) and latest.members == members:
+        return latest
     transport, dtype = wait({"rollout[0]": rollout.actors[0].takes.remote()}, seconds, "weight sync")["rollout[0]"]
     first = f"{source}[0]"
     buckets = plan(wait({first: sender.actors[0].specs.remote(dtype)}, seconds, "weight sync")[first])
@@ -91,8 +107,8 @@ def link_to(graph: Graph, recipe: Recipe, source: str) -> Link:
         }[transport]
         joining[f"rollout[{rank}]"] = engine.open_transport.remote(init_info)
     wait(joining, seconds, f"weight sync: open {transport}")
-    _links[rollout] = Link(members, transport, dtype, buckets)
-    return _links[rollout]
+    _links[sender] = _links[rollout] = link = Link(members, transport, dtype, buckets)
+    return link
 
 
 def gate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The actor graph with real models and a real vLLM engine: weights arrive, and a weight that does not is noticed."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 import rlhf.sync
 from cluster.deadlines import wait
+from cluster.errors import ClusterError
 from cluster.groups import Group
 from cluster.placement import Demand, place
 from data import tokenizers
@@ -219,6 +221,13 @@ def test_many_buckets_and_a_broadcast_give_the_same_weights(graph, recipe, model
         assert len(link.buckets) > 5
         for engine in ("rollout[0]", "rollout[1]"):
             assert differences(both, of_two, engine).startswith("All 21 tensors")
+
+        def die(worker) -> None:
+            worker.llm.update_weights = lambda request: os._exit(1)
+
+        ray.get(group.actors[1].__ray_call__.remote(lambda worker: die(worker)))
+        with pytest.raises(ClusterError, match=r"weights of step-3: rollout\[1\] died"):
+            sync_weights(both, of_two, "step-3")
     finally:
         group.stop()
     mend(graph, recipe)  # the policy goes back to the object store
