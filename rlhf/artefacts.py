@@ -77,6 +77,7 @@ NO_MATTER = {
     "ppo.groups",
     "ppo.log_prob_gap_limit",
     "ppo.preset",  # its values count one by one
+    "ppo.weight_sync",
 }
 
 WHOLE_FILE = 256 << 20  # larger inputs count by size, time of change, first and last MiB: hashing a terabyte would take an hour

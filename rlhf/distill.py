@@ -108,8 +108,8 @@ def distill_step(graph: Graph, recipe: Recipe, prompts: Prompts, conversations: 
     metrics: dict[str, float] = learned["policy[0]"]
     metrics["log_prob_gap"] = float(np.max([of_rank["log_prob_gap"] for of_rank in learned.values()]))
     refuse_gap(metrics["log_prob_gap"], recipe, f"{now}: the rollout")
-    sync_weights(graph, recipe, version=f"step-{step + 1}")
-    metrics["sync/log_prob_gap"] = gate(graph, recipe, prompts, step)
+    metrics |= sync_weights(graph, recipe, version=f"step-{step + 1}")
+    metrics |= gate(graph, recipe, prompts, step)
     return metrics
 
 

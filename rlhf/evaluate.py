@@ -27,6 +27,7 @@ from rlhf.pretrain import bits_per_byte, every_token, token_loss
 from rlhf.recipe import Recipe
 from rlhf.roles import ReferenceWorker, RewardWorker
 from rlhf.scorers import SCORERS
+from rlhf.sync import refuse_gap, sync_weights
 
 
 class JudgedModel(ReferenceWorker):
@@ -118,8 +119,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
 def judge(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, stage: str) -> tuple[Rollout, np.ndarray, np.ndarray]:
     """Let the engines answer with `role`'s weights: the answers, their rewards [n, heads], their KL from the SFT model [n] in nats."""
     seconds = recipe.cluster.deadline_s
-    weights = graph[role].start("weights")
-    wait(graph["rollout"].start("update_weights", stage, weights[f"{role}[0]"]), seconds, f"weights of {stage}")
+    sync_weights(graph, recipe, stage, role)
     rollouts = generate(graph, recipe, prompts, 0)
     scoring = {name: graph[name].start("log_probs", *rollouts) for name in ("policy", "reference")}
     scoring["reward"] = graph["reward"].start("scores", *rollouts)
@@ -128,6 +128,7 @@ def judge(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, sta
     heads = recipe.reward.heads
     rewards = align(found["reward"], np.full_like(rollout.index, heads)).reshape(-1, heads)
     ours, reference = (align(found[name], rollout.response_lengths) for name in (role, "reference"))
+    refuse_gap(float(np.abs(ours - rollout.log_probs).max()), recipe, f"answers of the {stage} model")
     ends = np.cumsum(rollout.response_lengths) - 1
     kl = np.diff(np.cumsum((ours - reference).astype(np.float64))[ends], prepend=0.0)
     return rollout, rewards, kl

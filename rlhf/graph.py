@@ -18,6 +18,7 @@ from cluster.placement import Demand, check, place
 from data.tokenizers import Tokenizer
 from rlhf.recipe import Recipe
 from rlhf.rollout import CPU_ENV, ENGINE_ENV, EngineWorker
+from rlhf.weight_sender import transport
 
 Role = tuple[type[Worker], tuple[Any, ...]]  # the class of a role's workers and their arguments
 Graph = dict[str, Group]
@@ -36,7 +37,8 @@ def demands(recipe: Recipe, roles: tuple[str, ...] | None = None) -> dict[str, D
 def engines(recipe: Recipe, model: Path, tokenizer: Tokenizer) -> Role:
     """vLLM engines for `model`, made for the longest prompt and response that the recipe allows."""
     longest = recipe.ppo.max_prompt_tokens + recipe.ppo.max_response_tokens
-    return EngineWorker, (model, [tokenizer.end_of_turn, tokenizer.end_of_text], tokenizer.vocab_size, longest, recipe.seed)
+    stop = [tokenizer.end_of_turn, tokenizer.end_of_text]
+    return EngineWorker, (model, stop, tokenizer.vocab_size, longest, recipe.seed, transport(recipe))
 
 
 @contextmanager

@@ -117,6 +117,7 @@ def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
     from cluster import placement, ports
     from rlhf.graph import ROLES, demands
     from rlhf.training import layout
+    from rlhf.weight_sender import BROADCASTS, transport
 
     if {"pretrain", "sft", "reward", "preference"} & set(stages):
         placement.check({"training": layout(recipe).demand})
@@ -125,8 +126,9 @@ def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
         groups = demands(recipe, roles)
         placement.check(groups)
         meeting = [role for role, demand in groups.items() if demand.meets and role != "rollout"]  # engines work each for itself
-        if meeting:
-            ports.check(recipe.cluster.ports, len(meeting), recipe.cluster.placement_timeout_s)
+        needed = len(meeting) + (transport(recipe) in BROADCASTS)  # the policy meets them once more to send its weights
+        if needed:
+            ports.check(recipe.cluster.ports, needed, recipe.cluster.placement_timeout_s)
 
 
 def run_directory(recipe: Recipe) -> Path:

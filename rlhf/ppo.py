@@ -58,9 +58,8 @@ def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, running:
     for role in learners(graph):
         metrics |= {f"{role}_{name}": value for name, value in learned[f"{role}[0]"].items()}
 
-    sync_weights(graph, recipe, version=f"step-{step + 1}")
-    metrics["sync/log_prob_gap"] = gate(graph, recipe, prompts, step)
-    return metrics
+    metrics |= sync_weights(graph, recipe, version=f"step-{step + 1}")
+    return metrics | gate(graph, recipe, prompts, step)
 
 
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
@@ -89,6 +88,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         if start:
             wait(start_learners(graph, "resume", start), seconds, "resume")
         sync_weights(graph, recipe, version=f"step-{start}")
+        gate(graph, recipe, [prompts[0]["prompt"].tolist()], start)
 
         running = running_after(start, config, out)
         for step in range(start, config.steps):

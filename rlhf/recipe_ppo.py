@@ -161,9 +161,15 @@ class Ppo(Optimizer):
     importance_cap: float = key(2.0, "Upper end of that ratio; `icepop` was published with 5.", ge=1)
     importance_floor: float = key(0.5, "Lower end of that ratio. With `icepop`.", ge=0, le=1)
 
+    weight_sync: Literal["auto", "object_store", "gloo", "nccl", "ipc"] = key(
+        "auto",
+        "How the policy's weights reach the engines: Ray's object store, a broadcast between nodes (`gloo`; `nccl` between GPUs), or CUDA "
+        "IPC for an engine on its policy's GPU. `auto`: nccl between GPUs, else object_store on one node and gloo on several.",
+    )
     log_prob_gap_limit: float | None = key(
         None,
-        "The run stops when engine and policy disagree by more than this after a weight sync. Default: 1e-3 in fp32, 0.2 in bf16.",
+        "Engine and policy may disagree by so much after a weight sync; beyond it weights are sent once more, then the run stops. "
+        "Default: 1e-3 in fp32, 0.2 in bf16.",
         unit="nats",
     )
     checkpoint_every: int = key(10, "Steps between two checkpoints.", unit="steps", ge=1)
@@ -248,6 +254,8 @@ def disagreements(ppo: Ppo) -> list[str]:
         wrong.append(f"ppo.samples_per_prompt = 1 leaves {asks} nothing to compare: 4 to 16 are usual")
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1" and ppo.kl_coef:
         wrong.append("ppo.kl_estimator = k1 pulls nowhere as a loss (the mean of its gradient is 0, arXiv:2506.09477): use k2 or k3")
+    if ppo.weight_sync in ("nccl", "ipc") and not (ppo.groups.policy.gpus and ppo.groups.rollout.gpus):
+        wrong.append(f"ppo.weight_sync = {ppo.weight_sync} needs GPUs in ppo.groups.policy and ppo.groups.rollout")
     if ppo.overlong_buffer > ppo.max_response_tokens:
         wrong.append(f"ppo.overlong_buffer = {ppo.overlong_buffer} is larger than ppo.max_response_tokens = {ppo.max_response_tokens}")
     return wrong

@@ -1,6 +1,6 @@
 """The four model roles of the actor graph. Each worker is one rank of its role; all ranks are called together.
 
-    policy.log_probs(*rollouts), policy.update(experience, ...), policy.weights()
+    policy.log_probs(*rollouts), policy.update(experience, ...), policy.send(bucket)
     reference.log_probs(*rollouts)
     reward.scores(*rollouts)
     critic.values(*rollouts), critic.update(experience, ...)
@@ -12,7 +12,6 @@ Who scores which sample is arithmetic, so the ranks need not talk about it.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -29,8 +28,8 @@ from rlhf.losses import clipped_value, kl, policy_loss
 from rlhf.models import Batch, LanguageModel, ScalarModel, load_causal_lm, load_critic, load_reward_model, save_model
 from rlhf.recipe import OnPolicyDistill, Ppo, Recipe
 from rlhf.shaping import Running
+from rlhf.weight_sender import WeightSender
 
-Weights = dict[str, np.ndarray[Any, Any]]
 Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
@@ -69,12 +68,6 @@ class Role(Worker):
         return together(rollout, self.config.samples_per_prompt, self.config.micro_batch)
 
 
-def gathered(model: torch.nn.Module, rank: int) -> Weights:
-    """The whole model as numpy arrays in transformers' names, on rank 0; {} on the others. All ranks call it."""
-    state = full_weights(model)
-    return {name: tensor.numpy() for name, tensor in state.items()} if rank == 0 else {}
-
-
 def _one_each(rollout: Rollout) -> Ints:
     return np.ones(len(rollout.index), np.int64)
 
@@ -83,7 +76,7 @@ def _per_response_token(rollout: Rollout) -> Ints:
     return rollout.response_lengths
 
 
-class ReferenceWorker(Role):
+class ReferenceWorker(WeightSender, Role):
     """The frozen model that KL is measured against."""
 
     def load(self) -> None:
@@ -93,8 +86,9 @@ class ReferenceWorker(Role):
         """log pi_ref of every response token."""
         return self.score(rollouts, lambda batch: self.model(batch, self.config.temperature), _per_response_token)
 
-    def weights(self) -> Weights:
-        return gathered(self.model, self.rank)
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.model
 
 
 class RewardWorker(Role):
@@ -148,7 +142,7 @@ class LearningRole(Role):
         return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]} | first
 
 
-class PolicyWorker(LearningRole):
+class PolicyWorker(WeightSender, LearningRole):
     """The model that learns to please the reward model."""
 
     def load(self, steps: int, checkpoints: Path) -> None:
@@ -189,8 +183,9 @@ class PolicyWorker(LearningRole):
         prompts = self.prompts(experience.rollout, extras, experience.weights)
         return self.learn(prompts, self.config.prompts_at_once, step, loss, self.config)
 
-    def weights(self) -> Weights:
-        return gathered(self.learner.model, self.rank)
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.learner.model
 
     def export(self, out: Path, tokenizer: Path) -> None:
         """Write the model as a transformers directory."""

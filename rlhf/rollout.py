@@ -14,11 +14,12 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cluster.groups import Worker
 from cluster.hardware import hardware
+from rlhf.buckets import Spec
 from rlhf.experience import Rollout, merge
+from rlhf.fingerprints import Fingerprint
 from rlhf.sampling import Piece, Sampling, Wanted
 
 # What an engine's process needs before vLLM is imported.
@@ -56,15 +57,17 @@ class EngineWorker(Worker):
         vocab_size: int,
         max_tokens: int,
         seed: int,
+        transport: str = "object_store",
     ) -> None:
-        """Load `model` for sequences of at most `max_tokens` tokens; generation ends at one of the `stop` ids."""
+        """Load `model` for sequences of at most `max_tokens` tokens; generation ends at one of the `stop` ids.
+
+        `transport` is how new weights come, see `weight_sender`.
+        """
         super().__init__(rank, world, threads)
         from vllm import LLM
 
-        from rlhf.weight_sync import BACKEND
-
         hw = hardware()
-        self.stop, self.vocab_size, self.max_tokens = list(stop), vocab_size, max_tokens
+        self.stop, self.vocab_size, self.max_tokens, self.transport = list(stop), vocab_size, max_tokens, transport
         self.version = "initial"
         self.inbox: SimpleQueue[tuple[Sequence[Wanted], bool]] = SimpleQueue()
         self.llm = LLM(
@@ -76,11 +79,10 @@ class EngineWorker(Worker):
             max_num_seqs=256,
             seed=seed,
             logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
-            weight_transfer_config={"backend": BACKEND},
+            weight_transfer_config={"backend": transport},
             worker_extension_cls="rlhf.weight_sync.WorkerExtension",
             disable_log_stats=True,
         )
-        self.llm.init_weight_transfer_engine({"init_info": {}})
 
     def ready(self) -> str:
         """The version of the weights, once the engine stands."""
@@ -176,16 +178,42 @@ class EngineWorker(Worker):
             self.version,
         )
 
-    def update_weights(self, version: str, *buckets: dict[str, npt.NDArray[Any]]) -> str:
-        """Take over the policy's weights (transformers' names) and forget everything cached under the old ones."""
+    def takes(self) -> tuple[str, str]:
+        """How weights come, and the dtype in which they are kept."""
+        return self.transport, str(self.llm.model_config.dtype).removeprefix("torch.")
+
+    def open_transport(self, init_info: dict[str, Any]) -> None:
+        """What the transport's backend asks for, once, before the first update."""
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """From here to `finish_weight_update` the engine's weights are neither the old nor the new ones."""
         self.llm.start_weight_update()
-        for bucket in buckets:
-            self.llm.update_weights({"update_info": {"weights": bucket}})
+
+    def update_weights(self, bucket: Sequence[Spec], *carried: dict[str, Any]) -> None:
+        """Take over one bucket of the policy's weights; `carried` is what its ranks' `send` returned, where the transport needs that."""
+        info: dict[str, Any] = {
+            "names": [spec.name for spec in bucket],
+            "dtype_names": [spec.dtype for spec in bucket],
+            "shapes": [list(spec.shape) for spec in bucket],
+        }
+        for part in carried:
+            for key, value in part.items():
+                info[key] = {**info.get(key, {}), **value} if isinstance(value, dict) else value  # every rank has handles of its GPU
+        self.llm.update_weights({"update_info": info})
+
+    def finish_weight_update(self, version: str) -> str:
+        """The weights are whole and called `version`; forget everything cached under the old ones."""
         self.llm.finish_weight_update(version)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset: a request is still running")
         self.version = version
         return version
+
+    def fingerprints(self, specs: Sequence[Spec]) -> dict[str, list[Fingerprint]]:
+        """Of the weights that the engine multiplies with, see `fingerprints.engine_fingerprints`."""
+        found: dict[str, list[Fingerprint]] = self.llm.collective_rpc("fingerprints", args=(list(specs),))[0]
+        return found
 
     def _check(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
         for i, prompt in enumerate(prompts):

@@ -1,15 +1,18 @@
-"""How the policy's weights get into a running vLLM engine: one backend for vLLM's weight-update API.
+"""How the policy's weights get into a running vLLM engine: backends for vLLM's weight-update API.
 
     LLM(model, weight_transfer_config={"backend": "object_store"}, worker_extension_cls="rlhf.weight_sync.WorkerExtension")
-    llm.start_weight_update(); llm.update_weights({"update_info": {"weights": bucket}}); llm.finish_weight_update("step-7")
+    llm.init_weight_transfer_engine({"init_info": {}}); llm.start_weight_update()
+    llm.update_weights({"update_info": {"names": [...], "dtype_names": [...], "shapes": [...], "array": bucket}})     # once per bucket
+    llm.finish_weight_update("step-7")
 
-vLLM imports this module in its worker (that is what `worker_extension_cls` is for), which registers the backend. The
-weights come as numpy arrays that Ray maps from its object store: zero copies until vLLM's own `copy_` (3,000 MB/s on one
-host, where a dict of torch tensors makes 200-450). Works for engines on CPUs and GPUs that live in their actor's process.
+vLLM imports this module in its worker (that is what `worker_extension_cls` is for), which registers object_store and gloo; nccl and ipc
+are vLLM's own and take the same calls. `object_store` maps numpy from Ray's store: zero copies until vLLM's own `copy_`. Engines live in
+their actor's process and are not split over several workers.
 """
 
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
@@ -19,27 +22,51 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-BACKEND = "object_store"
+from cluster.broadcast import broadcast, gloo_group
+from rlhf.buckets import Spec, size, unpack
+from rlhf.fingerprints import Fingerprint, engine_fingerprints
 
 
 @dataclass
-class InitInfo(WeightTransferInitInfo):
-    """Nothing to agree on: Ray knows where its objects are."""
+class NothingToAgreeOn(WeightTransferInitInfo):
+    """Ray knows where its objects are."""
 
 
 @dataclass
-class UpdateInfo(WeightTransferUpdateInfo):
-    weights: dict[str, npt.NDArray[Any]] = field(default_factory=dict)  # transformers' name -> array
+class Meeting(WeightTransferInitInfo):
+    """Where the group meets; this engine's rank in it, from 1."""
+
+    host: str
+    port: int
+    rank: int
+    world: int
+    seconds: float
 
 
-class ObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads full tensors in checkpoint format through vLLM's layerwise reload."""
+@dataclass
+class Bucket(WeightTransferUpdateInfo):
+    """What is in a packed bucket, as vLLM's own backends are told it."""
 
-    init_info_cls = InitInfo
-    update_info_cls = UpdateInfo
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
 
-    def init_transfer_engine(self, init_info: InitInfo) -> None:
-        pass
+    @property
+    def specs(self) -> list[Spec]:
+        return [Spec(n, tuple(s), d) for n, d, s in zip(self.names, self.dtype_names, self.shapes, strict=True)]
+
+
+@dataclass
+class MappedBucket(Bucket):
+    array: npt.NDArray[Any]  # uint8, read-only
+
+
+class Reloading(WeightTransferEngine[Any, Any]):
+    """Full tensors in checkpoint format go through vLLM's layerwise reload. A subclass says where a bucket comes from."""
+
+    def packed(self, update_info: Any) -> torch.Tensor:
+        """The bucket's bytes. They must stay as they are: a layer that is not whole yet keeps views of them."""
+        raise NotImplementedError
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -50,8 +77,8 @@ class ObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.model.load_weights((name, _tensor(array)) for name, array in update_info.weights.items())
+    def receive_weights(self, update_info: Any) -> None:
+        self.model.load_weights(unpack(self.packed(update_info), update_info.specs))
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
@@ -65,15 +92,38 @@ class ObjectStoreEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         pass
 
 
+class ObjectStoreEngine(Reloading):
+    init_info_cls = NothingToAgreeOn
+    update_info_cls = MappedBucket
+
+    def init_transfer_engine(self, init_info: NothingToAgreeOn) -> None:
+        pass
+
+    def packed(self, update_info: MappedBucket) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that Ray's memory is read-only: vLLM only ever copies from it
+            return torch.from_numpy(update_info.array)
+
+
+class GlooEngine(Reloading):
+    init_info_cls = Meeting
+    update_info_cls = Bucket
+
+    def init_transfer_engine(self, init_info: Meeting) -> None:
+        self.group = gloo_group(init_info.host, init_info.port, init_info.rank, init_info.world, init_info.seconds)
+
+    def packed(self, update_info: Bucket) -> torch.Tensor:
+        received = torch.empty(size(update_info.specs), dtype=torch.uint8)
+        broadcast(self.group, received)
+        return received
+
+
 class WorkerExtension:
-    """vLLM mixes this into its worker; importing the module is all that is asked of it."""
+    """vLLM mixes this into its worker."""
+
+    def fingerprints(self, specs: Sequence[Spec]) -> dict[str, list[Fingerprint]]:
+        return engine_fingerprints(self.model_runner.model, specs)  # type: ignore[attr-defined]
 
 
-def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
-    """A tensor over Ray's read-only memory, without torch's warning about it: vLLM only ever copies from it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
-
-
-WeightTransferEngineFactory.register_engine(BACKEND, ObjectStoreEngine)
+WeightTransferEngineFactory.register_engine("object_store", ObjectStoreEngine)
+WeightTransferEngineFactory.register_engine("gloo", GlooEngine)

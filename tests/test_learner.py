@@ -16,6 +16,7 @@ from tiny import batch_of, causal_lm, plain_twin, sequences
 
 from cluster import checkpoints
 from data.packing import balance
+from rlhf.buckets import gather, plan, shards, size, specs, unpack
 from rlhf.errors import NotFinite, TrainingError
 from rlhf.learner import Learner, full_weights
 from rlhf.losses import cross_entropy
@@ -351,6 +352,10 @@ def two_ranks(rank: int, folder: Path) -> None:
         history.append(ours.step(share(3, rank, 2), loss))
         sums = ours.evaluate(share(4, rank, 2), loss)
         before = full_weights(ours.model)
+        mine = shards(ours.model)
+        cut = plan(specs(mine, "float32"), limit=20_000)
+        sent = [(bucket, gather(mine, bucket, None if rank else torch.empty(size(bucket), dtype=torch.uint8))) for bucket in cut]
+        in_buckets = {name: t.clone() for bucket, packed in sent if packed is not None for name, t in unpack(packed, bucket)}
 
         def poisoned_on_one_rank(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             value, further = loss(model, batch)
@@ -366,7 +371,7 @@ def two_ranks(rank: int, folder: Path) -> None:
         muon = [by_muon.step(share(s, rank, 2), loss) for s in range(3)]
         by_muon.save(folder / "muon", 3)
         muon.append(by_muon.step(share(3, rank, 2), loss))
-        more = {"muon": muon, "muon_weights": full_weights(by_muon.model)}
+        more = {"muon": muon, "muon_weights": full_weights(by_muon.model), "in_buckets": in_buckets, "buckets": len(cut)}
         torch.save(
             {**more, "history": history, "sums": sums, "stopped": stopped, "weights": before, "after": after}, folder / f"rank{rank}.pt"
         )
@@ -395,6 +400,16 @@ def test_two_ranks_equal_one(by_two: tuple[Path, Callable[[int], dict]]) -> None
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4)
     sums = alone.evaluate(share(4, 0, 1), loss)
     assert result(0)["sums"] == pytest.approx(sums, rel=1e-4)
+
+
+def test_weights_gathered_in_buckets_are_the_whole_weights(by_two: tuple[Path, Callable[[int], dict]]) -> None:
+    """Between two steps, when a forward pass has left the model whole on every rank."""
+    _, result = by_two
+    first = result(0)
+    assert first["buckets"] > 3
+    assert list(first["in_buckets"]) == list(first["weights"])
+    for name, tensor in first["weights"].items():
+        assert torch.equal(first["in_buckets"][name], tensor), name
 
 
 def test_muon_on_two_ranks_equals_one(by_two: tuple[Path, Callable[[int], dict]]) -> None:

@@ -1,14 +1,23 @@
 """The actor graph with real models and a real vLLM engine: weights arrive, and a weight that does not is noticed."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+import torch
 
+import rlhf.sync
 from cluster.deadlines import wait
+from cluster.errors import ClusterError
+from cluster.groups import Group
+from cluster.placement import Demand, place
 from data import tokenizers
+from rlhf import buckets
+from rlhf.buckets import Spec, unpack
 from rlhf.errors import TrainingError
 from rlhf.experience import merge, responses
 from rlhf.generation import generate, sample_seed
@@ -17,10 +26,12 @@ from rlhf.models import new_causal_lm, save_model
 from rlhf.ppo import running_after
 from rlhf.recipe import Model, Ppo, Recipe
 from rlhf.roles import PolicyWorker
+from rlhf.rollout import CPU_ENV, ENGINE_ENV
 from rlhf.shaping import after, begin
-from rlhf.sync import gate, refuse_gap, sync_weights
+from rlhf.sync import differences, gate, refuse_gap, sync_weights
 
 pytestmark = pytest.mark.slow
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # what a test does inside an actor, which cannot import this file
 
 SIZES = Model(hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=64, max_positions=64)
 GROUP = {"cpus": 0.5}
@@ -51,7 +62,7 @@ def graph(ray_session, recipe, model, tokenizer, tmp_path_factory):
     roles = {"rollout": engines(recipe, model, tokenizer), "policy": (PolicyWorker, (recipe, model))}
     with open_graph(recipe, roles) as graph:
         loading = graph["policy"].start("load", 10, tmp_path_factory.mktemp("checkpoints"))
-        wait(loading | graph["rollout"].start("ready"), 120, "load")
+        wait(loading | graph["rollout"].start("ready"), 300, "load")
         yield graph
 
 
@@ -72,32 +83,154 @@ def test_a_samples_seed_fixes_it_whatever_else_is_in_the_batch(graph, recipe):
     assert rollout_of(graph, recipe, step=1).tokens.tolist() != whole.tokens.tolist()
 
 
-def test_engine_and_policy_agree_after_a_sync_and_a_wrong_weight_stops_the_run(graph, recipe):
-    sync_weights(graph, recipe, "step-0")
-    assert gate(graph, recipe, PROMPTS, 0) < 1e-5
-    weights = ray.get(graph["policy"].actors[0].weights.remote())
-    broken = {name: array.copy() for name, array in weights.items()}
-    broken["model.layers.1.mlp.up_proj.weight"][3] += 0.5
-    engine = graph["rollout"].actors[0]
-    ray.get(engine.update_weights.remote("broken", broken))
-    assert rollout_of(graph, recipe).version == "broken"
-    with pytest.raises(TrainingError, match=r"rollout\[0\] after the weight sync: engine and policy differ by .* nats"):
+def spoil(graph, engine: int, change, always: bool) -> None:
+    """`change`, in place, the tensors that an engine is about to load, once or always, as a broken transport would."""
+
+    def wrap(worker) -> None:
+        load = type(worker.llm).update_weights
+
+        def broken(request):
+            info = request["update_info"]
+            packed = torch.from_numpy(info["array"].copy())
+            specs = [Spec(*of) for of in zip(info["names"], info["shapes"], info["dtype_names"], strict=True)]
+            change(dict(unpack(packed, specs)))
+            if not always:
+                del worker.llm.update_weights
+            load(worker.llm, {"update_info": info | {"array": packed.numpy()}})
+
+        worker.llm.update_weights = broken
+
+    ray.get(graph["rollout"].actors[engine].__ray_call__.remote(lambda worker: wrap(worker)))
+
+
+def mend(graph, recipe) -> None:
+    """Every engine has whole weights again, whatever the test did."""
+    for actor in graph["rollout"].actors:
+        ray.get(actor.__ray_call__.remote(lambda worker: vars(worker.llm).pop("update_weights", None) and None))
+    sync_weights(graph, recipe, "mended")
+    assert gate(graph, recipe, PROMPTS, 0)["sync/resyncs"] == 0
+
+
+def up(tensors) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][3] += 0.5
+
+
+def test_engine_and_policy_agree_after_a_sync(graph, recipe):
+    figures = sync_weights(graph, recipe, "step-0")
+    assert figures["sync/seconds"] > 0
+    assert figures["sync/mb_per_s"] > 0
+    found = gate(graph, recipe, PROMPTS, 0)
+    assert found["sync/log_prob_gap"] < 1e-5
+    assert found["sync/resyncs"] == 0
+    assert rollout_of(graph, recipe).version == "step-0"
+
+
+def test_a_bucket_that_arrives_broken_is_sent_once_more(graph, recipe, capsys):
+    spoil(graph, 0, up, always=False)
+    sync_weights(graph, recipe, "step-4")
+    found = gate(graph, recipe, PROMPTS, 4)
+    assert found["sync/resyncs"] == 1
+    assert found["sync/log_prob_gap"] < 1e-5
+    assert "rollout[0] is" in (said := capsys.readouterr().out)
+    assert "nats off the policy after step-4; its weights are sent once more" in said
+    mend(graph, recipe)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.v_proj.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+        "model.layers.1.mlp.gate_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.norm.weight",
+    ],
+)
+def test_a_weight_that_stays_wrong_stops_the_run_by_its_name(graph, recipe, name):
+    def change(tensors):
+        tensors[name].view(-1)[2::5] += 0.5
+
+    spoil(graph, 0, change, always=True)
+    sync_weights(graph, recipe, "step-3")
+    # the embedding is the output layer too
+    names = "2 of 21 tensors differ: model.embed_tokens.weight, lm_head.weight" if "embed" in name else f"1 of 21 tensors differ: {name}"
+    with pytest.raises(TrainingError, match=r"PPO step 3: rollout\[0\] after the weight sync and one more try: engine and .*") as stopped:
         gate(graph, recipe, PROMPTS, 3)
-    sync_weights(graph, recipe, "step-1")
-    assert gate(graph, recipe, PROMPTS, 1) < 1e-5
+    assert f"(ppo.log_prob_gap_limit). {names}. The last" in str(stopped.value)
+    mend(graph, recipe)
+
+
+def test_engines_that_compute_otherwise_are_told_from_wrong_weights(graph, recipe):
+    sync_weights(graph, recipe, "step-5")
+    assert differences(graph, recipe, "rollout[0]").startswith("All 21 tensors that were compared are equal: the two compute differently")
 
 
 def test_tied_output_layer_follows_the_embedding(graph, recipe):
     """On a CPU vLLM multiplies with a packed copy of the output layer, which a reload alone leaves stale."""
-    weights = ray.get(graph["policy"].actors[0].weights.remote())
-    assert "lm_head.weight" not in weights
+
+    def change(tensors):
+        assert "lm_head.weight" not in tensors
+        tensors["model.embed_tokens.weight"] *= 2.0
+
     before = rollout_of(graph, recipe)
-    moved = {name: array * (2.0 if "embed" in name else 1.0) for name, array in weights.items()}
-    ray.get(graph["rollout"].actors[0].update_weights.remote("moved", moved))
+    spoil(graph, 0, change, always=False)
+    sync_weights(graph, recipe, "moved")
     after = rollout_of(graph, recipe)
     assert not np.allclose(before.log_probs[:3], after.log_probs[:3])
-    sync_weights(graph, recipe, "back")
-    assert gate(graph, recipe, PROMPTS, 2) < 1e-5
+    mend(graph, recipe)
+
+
+def test_a_stale_packed_output_layer_is_named(graph, recipe):
+    """The trap itself: the parameter is new, the copy that is multiplied with is old."""
+
+    def stale(worker):
+        def forget(self):
+            head = self.model_runner.model.lm_head
+            packed = head.cpu_linear
+            head.cpu_linear = lambda x, weight, bias: 2.0 * packed(x, weight, bias)
+
+        worker.llm.collective_rpc(forget)
+
+    sync_weights(graph, recipe, "step-6")
+    ray.get(graph["rollout"].actors[0].__ray_call__.remote(lambda worker: stale(worker)))
+    assert differences(graph, recipe, "rollout[0]") == "1 of 21 tensors differ: lm_head.weight"
+    mend(graph, recipe)
+
+
+def test_many_buckets_and_a_broadcast_give_the_same_weights(graph, recipe, model, tokenizer, monkeypatch):
+    """Two engines, one gloo group with the policy, buckets of 40 kB, fp32 on both sides: everything equal, and equal again."""
+    monkeypatch.setattr(rlhf.sync, "plan", lambda specs: buckets.plan(specs, 40_000))
+    of_two = recipe.model_copy(update={"ppo": recipe.ppo.model_copy(update={"weight_sync": "gloo"})})
+    worker, args = engines(of_two, model, tokenizer)
+    demand = Demand(2, cpus=0.25, gpus=0)
+    placement = place({"two-engines": demand}, 30)["two-engines"]
+    group = Group("rollout", worker, demand, placement, args=args, threads=1, env=ENGINE_ENV | CPU_ENV)
+    both = {"policy": graph["policy"], "rollout": group}
+    try:
+        wait(group.start("ready"), 300, "load")
+        for version in ("step-1", "step-2"):  # the group is made once
+            sync_weights(both, of_two, version)
+            assert gate(both, of_two, PROMPTS, 1)["sync/log_prob_gap"] < 1e-5
+            assert [rollout.version for rollout in ray.get(generate(both, of_two, PROMPTS, 0))] == [version, version]
+        link = rlhf.sync._links[group]
+        assert link.transport == "gloo"
+        assert len(link.buckets) > 5
+        for engine in ("rollout[0]", "rollout[1]"):
+            assert differences(both, of_two, engine).startswith("All 21 tensors")
+
+        def die(worker) -> None:
+            worker.llm.update_weights = lambda request: os._exit(1)
+
+        ray.get(group.actors[1].__ray_call__.remote(lambda worker: die(worker)))
+        with pytest.raises(ClusterError, match=r"weights of step-3: rollout\[1\] died"):
+            sync_weights(both, of_two, "step-3")
+    finally:
+        group.stop()
+    mend(graph, recipe)  # the policy goes back to the object store
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,8 @@ def test_sections_that_disagree(recipe_path: Path) -> None:
     message = complaint(recipe_path, "pretrain.sequence_length=600", "ppo.global_batch=128")
     assert "override pretrain.sequence_length=600: pretrain.sequence_length = 600 is longer than model.max_positions = 512" in message
     assert "override ppo.global_batch=128: ppo.global_batch = 128 is larger than ppo.rollout_batch = 64" in message
+    message = complaint(recipe_path, "ppo.weight_sync=nccl", "ppo.groups.policy.gpus=1")
+    assert "override ppo.weight_sync=nccl: ppo.weight_sync = nccl needs GPUs in ppo.groups.policy and ppo.groups.rollout" in message
     assert "override cluster.ports=[5, 6]: cluster.ports must be" in complaint(recipe_path, "cluster.ports=[5, 6]")
 
 
