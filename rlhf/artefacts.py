@@ -69,6 +69,7 @@ NO_MATTER = {
     "preference.checkpoint_every",
     "ppo.checkpoint_every",
     "ppo.groups",
+    "ppo.colocate",
     "ppo.log_prob_gap_limit",
 }
 

@@ -1,6 +1,6 @@
 """Prompts to the engines, rollouts back: the controller's side of the rollout group.
 
-    rollouts = generate(graph, recipe, prompts, step)     # references, one per engine
+rollouts = generate(graph, recipe, prompts, step)     # references, one per engine
 """
 
 from ray import ObjectRef
@@ -13,13 +13,14 @@ from rlhf.recipe import Recipe
 def generate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> list[ObjectRef]:
     """References to one rollout per engine. Prompts go round the engines; a sample's seed is arithmetic, so who writes it
     changes nothing."""
-    actors, config = graph["rollout"].actors, recipe.ppo
+    engines, config = graph["rollout"], recipe.ppo
+    count = len(engines.actors)
     rollouts = {}
-    for rank, actor in enumerate(actors[: len(prompts)]):
-        index = list(range(rank, len(prompts), len(actors)))
+    for rank in range(min(count, len(prompts))):
+        index = list(range(rank, len(prompts), count))
         seeds = [sample_seed(recipe.seed, step * len(prompts) + i) for i in index]
         mine = [prompts[i] for i in index]
-        rollouts[f"rollout[{rank}]"] = actor.generate.remote(index, mine, seeds, config.max_response_tokens, config.temperature)
+        rollouts[f"rollout[{rank}]"] = engines.ask(rank, "generate", index, mine, seeds, config.max_response_tokens, config.temperature)
     wait(rollouts, recipe.cluster.deadline_s, f"PPO step {step}: rollout")
     return list(rollouts.values())
 

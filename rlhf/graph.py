@@ -3,7 +3,8 @@
     with open_graph(recipe, {"rollout": engines(recipe, model, tokenizer), "policy": (PolicyWorker, (recipe, model))}) as graph:
         graph["policy"].start("load", ...)
 
-Which roles there are is up to the stage: PPO opens all five, evaluation those that judge.
+Which roles there are is up to the stage: PPO opens all five, evaluation those that judge. Roles of a `ppo.colocate` set share
+one placement group and take turns on its devices (`cluster/groups.py`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.deadlines import wait
-from cluster.groups import Group, Worker
+from cluster.groups import Group, Worker, begin
 from cluster.placement import Demand, check, place
 from data.tokenizers import Tokenizer
 from rlhf.recipe import Recipe
-from rlhf.rollout import CPU_ENV, ENGINE_ENV, EngineWorker
+from rlhf.rollout import EngineWorker, engine_env
 
 Role = tuple[type[Worker], tuple[Any, ...]]  # the class of a role's workers and their arguments
 Graph = dict[str, Group]
@@ -26,14 +26,15 @@ ROLES = ("policy", "reference", "reward", "critic", "rollout")
 
 def demands(recipe: Recipe, roles: Iterator[str] | tuple[str, ...] = ROLES) -> dict[str, Demand]:
     """What each role asks of the cluster, from `ppo.groups`."""
-    groups = {role: getattr(recipe.ppo.groups, role) for role in roles}
-    return {role: Demand(group.workers, group.cpus, group.gpus) for role, group in groups.items()}
+    return {role: getattr(recipe.ppo.groups, role).demand for role in roles}
 
 
 def engines(recipe: Recipe, model: Path, tokenizer: Tokenizer) -> Role:
     """vLLM engines for `model`, made for the longest prompt and response that the recipe allows."""
     longest = recipe.ppo.max_prompt_tokens + recipe.ppo.max_response_tokens
-    return EngineWorker, (model, [tokenizer.end_of_turn, tokenizer.end_of_text], tokenizer.vocab_size, longest, recipe.seed)
+    stop, config = [tokenizer.end_of_turn, tokenizer.end_of_text], recipe.ppo
+    shares = any("rollout" in names for names in config.colocate)
+    return EngineWorker, (model, stop, tokenizer.vocab_size, longest, recipe.seed, config.groups.rollout.tensor_parallel, shares)
 
 
 @contextmanager
@@ -44,8 +45,8 @@ def open_graph(recipe: Recipe, roles: Mapping[str, Role]) -> Iterator[Graph]:
     `cluster.placement_timeout_s`.
     """
     asked = demands(recipe, tuple(roles))
-    check(asked)
-    placements = place(asked, recipe.cluster.placement_timeout_s)
+    check(asked, recipe.ppo.colocate)
+    rooms = place(asked, recipe.cluster.placement_timeout_s, recipe.ppo.colocate)
     graph: Graph = {}
     try:
         for name, (worker, args) in roles.items():
@@ -53,13 +54,12 @@ def open_graph(recipe: Recipe, roles: Mapping[str, Role]) -> Iterator[Graph]:
                 name,
                 worker,
                 asked[name],
-                placements[name],
+                rooms[name],
                 args=args,
                 threads=getattr(recipe.ppo.groups, name).threads,
-                env=None if worker is not EngineWorker else ENGINE_ENV if asked[name].gpus else ENGINE_ENV | CPU_ENV,
+                env=engine_env(on_gpu=asked[name].gpus > 0) if worker is EngineWorker else None,
             )
-        starting = {actor: ref for group in graph.values() for actor, ref in group.start("host").items()}
-        wait(starting, recipe.cluster.deadline_s, "start the actors")
+        begin(list(graph.values()), recipe.cluster.deadline_s)
         for group in graph.values():
             if group.name != "rollout":  # engines work each for itself
                 group.connect(recipe.cluster.ports, recipe.cluster.deadline_s)

@@ -120,7 +120,7 @@ def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
         placement.check({"training": layout(recipe).demand})
     if {"ppo", "evaluate"} & set(stages):
         groups = demands(recipe)
-        placement.check(groups)
+        placement.check(groups, recipe.ppo.colocate)
         meeting = [role for role, demand in groups.items() if demand.meets and role != "rollout"]  # engines work each for itself
         if meeting:
             ports.check(recipe.cluster.ports, len(meeting), recipe.cluster.placement_timeout_s)

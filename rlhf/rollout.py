@@ -3,10 +3,12 @@
     engine = EngineWorker(0, 1, threads=2, model=path, stop=[3], vocab_size=4096, max_tokens=96, seed=0)
     rollout = engine.generate(index=[0, 1], prompts=[[5, 6], [7]], seeds=[1, 2], max_tokens=32, temperature=1.0)
 
-An engine lives in its actor's process (no second process to lose), is given ids and never text, and validates every id:
+An engine lives in its actor's process (no second process to lose; only with tensor parallelism its workers are processes below
+it), is given ids and never text, and validates every id:
 one id outside the vocabulary would make vLLM wait for ever.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,10 @@ ENGINE_ENV = {
 CPU_ENV = {"TORCHDYNAMO_DISABLE": "1"}  # without a GPU the sampler's first compiled call costs 6 s and gains nothing
 
 
+def engine_env(on_gpu: bool) -> dict[str, str]:
+    return ENGINE_ENV if on_gpu else ENGINE_ENV | CPU_ENV
+
+
 class EngineWorker(Worker):
     def __init__(
         self,
@@ -41,9 +47,17 @@ class EngineWorker(Worker):
         vocab_size: int,
         max_tokens: int,
         seed: int,
+        tensor_parallel: int = 1,
+        shares: bool = False,
     ) -> None:
-        """Load `model` for sequences of at most `max_tokens` tokens; generation ends at one of the `stop` ids."""
+        """Load `model` for sequences of at most `max_tokens` tokens; generation ends at one of the `stop` ids.
+
+        tensor_parallel: over how many GPUs of this actor, or processes without one, each matrix is split.
+        shares: the engine's devices are others' too, whenever it sleeps.
+        """
         super().__init__(rank, world, threads)
+        if tensor_parallel > 1 and not hardware().is_gpu:
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bound_cores(rank, tensor_parallel, threads)
         from vllm import LLM
 
         from rlhf.weight_sync import BACKEND
@@ -63,12 +77,25 @@ class EngineWorker(Worker):
             weight_transfer_config={"backend": BACKEND},
             worker_extension_cls="rlhf.weight_sync.WorkerExtension",
             disable_log_stats=True,
+            tensor_parallel_size=tensor_parallel,
+            # vLLM's Ray executor would ask Ray for GPUs that this actor holds already, and refuses CPUs: processes of its own.
+            distributed_executor_backend="mp" if tensor_parallel > 1 else None,
+            enable_sleep_mode=shares and hw.is_gpu,
+            gpu_memory_utilization=0.8 if shares else 0.9,  # a sleeping role keeps its CUDA context, about 0.5 GB
         )
         self.llm.init_weight_transfer_engine({"init_info": {}})
 
     def ready(self) -> str:
         """The version of the weights, once the engine stands."""
         return self.version
+
+    def sleep(self) -> None:
+        """Weights to host memory, KV cache dropped (vLLM's level 1: there need not be a weight sync before the next answer). On a
+        CPU, where all is host memory already, vLLM only pauses."""
+        self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        self.llm.wake_up()
 
     def generate(
         self, index: Sequence[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int, temperature: float
@@ -130,3 +157,14 @@ class EngineWorker(Worker):
                 raise ValueError(f"prompt {i}: {len(prompt)} + {max_tokens} tokens are more than the engine's {self.max_tokens}")
             if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
                 raise ValueError(f"prompt {i} has an id outside 0..{self.vocab_size - 1}")
+
+
+def bound_cores(engine: int, parts: int, threads: int) -> str:
+    """Which cores each process of an engine computes on, as VLLM_CPU_OMP_THREADS_BIND wants it: "0,1|2,3" for 2 parts of 2 threads.
+
+    Neighbouring engines get neighbouring cores; where there are too few, they begin again at the first.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    first = engine * parts * threads
+    mine = [[cores[(first + part * threads + i) % len(cores)] for i in range(threads)] for part in range(parts)]
+    return "|".join(",".join(map(str, sorted(set(of_part)))) for of_part in mine)

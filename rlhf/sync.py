@@ -1,7 +1,7 @@
 """The policy's weights into the engines, and the proof that they arrived.
 
-    sync_weights(graph, recipe, version="step-7")
-    gap = gate(graph, recipe, prompts, step=6)            # nats; TrainingError when engine and policy disagree
+sync_weights(graph, recipe, version="step-7")
+gap = gate(graph, recipe, prompts, step=6)            # nats; TrainingError when engine and policy disagree
 """
 
 import numpy as np
@@ -31,8 +31,8 @@ def gate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> float:
     prompts = prompts[:PROBES]
     seconds, gaps = recipe.cluster.deadline_s, []
     seeds = [sample_seed(recipe.seed, -1 - i) for i in range(len(prompts))]
-    for rank, engine in enumerate(graph["rollout"].actors):
-        answers = engine.generate.remote(range(len(prompts)), prompts, seeds, PROBE_TOKENS, recipe.ppo.temperature)
+    for rank in range(len(graph["rollout"].actors)):
+        answers = graph["rollout"].ask(rank, "generate", range(len(prompts)), prompts, seeds, PROBE_TOKENS, recipe.ppo.temperature)
         checked = wait(graph["policy"].start("log_probs", answers), seconds, f"gate of rollout[{rank}]")
         rollout = merge(list(wait({f"rollout[{rank}]": answers}, seconds, "gate").values()))
         ours = align(list(checked.values()), rollout.response_lengths)
