@@ -147,12 +147,14 @@ def _table(
     demands: Mapping[str, Demand], pools: Sequence[Pool], missing: Mapping[int, int], free: Mapping[str, Amounts] | None = None
 ) -> str:
     """Wanted, there, free and (when something is free or not: `free` is given) held by whom, as lines of text."""
-    rows = []
+    lines = []
     for i, pool in enumerate(pools):
         for name in pool.names:
             others = [other for other in pool.names if other != name]
             shared = f" with {', '.join(others)}" if others else ""
-            rows.append(f"  {name:<12} {str(demands[name]) + shared:<28} {'MISSING' if i in missing else 'fits'}")
+            lines.append((name, f"{demands[name]}{shared}", "MISSING" if i in missing else "fits"))
+    width = max(len(what) for _, what, _ in lines)
+    rows = [f"  {name:<12} {what:<{width}}  {fits}" for name, what, fits in lines]
     total = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
     now = _free() if free is None else free
     for r in (CPU, GPU):

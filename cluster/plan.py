@@ -14,7 +14,8 @@ from math import floor
 
 Amounts = Mapping[str, float]  # resource -> amount, of a bundle or of what is free on a node
 
-TRIES = 5_000  # layouts looked at before a search gives up; clusters of equal nodes need one per pool
+WORK = 200_000  # layouts times nodes looked at before a search gives up, about 2 s; clusters of equal nodes need one layout per pool
+DEEP = 16  # nodes of one pool up to which bundles are tried on one node rather than the other
 CHOICES = 500  # sets of nodes looked at for one pool and one number of nodes
 
 
@@ -107,10 +108,13 @@ def plan(pools: Sequence[Pool], free: Mapping[str, Amounts]) -> list[list[str]] 
     """The node of every bundle of every pool, or None when they do not all fit into `free`.
 
     Largest bundles first, each pool on as few nodes as it can and on the fullest that hold it; where that leaves no room for a
-    later pool, the next layout is tried, up to TRIES.
+    later pool, the next layout is tried.
     """
+    for r in ("CPU", "GPU"):
+        if sum(p.demand.workers * p.bundle.get(r, 0) for p in pools) > sum(amounts.get(r, 0) for amounts in free.values()) + 1e-6:
+            return None
     order = by_size(pools)
-    tries = iter(range(TRIES))
+    tries = iter(range(WORK // max(1, len(free))))
 
     def search(i: int, free: Mapping[str, Amounts]) -> dict[int, Counter[str]] | None:
         if i == len(order):
@@ -172,11 +176,28 @@ def layouts(pool: Pool, free: Mapping[str, Amounts]) -> Iterator[Counter[str]]:
             if kind in seen:
                 continue
             seen.add(kind)
-            layout: Counter[str] = Counter()
-            for node in sorted(nodes, key=lambda node: -room[node]):
-                layout[node] = least if fixed else min(room[node], bundles - layout.total())
-            if layout.total() == bundles and min(layout.values()) > 0:
-                yield layout
+            if fixed:
+                yield Counter(dict.fromkeys(nodes, least))
+            else:
+                roomiest = sorted(nodes, key=lambda node: -room[node])
+                yield from map(Counter, _fillings(roomiest, [room[node] for node in roomiest], bundles))
+
+
+def _fillings(nodes: Sequence[str], room: Sequence[int], bundles: int) -> Iterator[dict[str, int]]:
+    """All ways to put `bundles` on exactly these nodes, at least one on each; the first ones as full as can be."""
+    if len(nodes) > DEEP:  # the first one alone: nobody searches that far
+        filling = {}
+        for left, (node, most) in zip(range(len(nodes) - 1, -1, -1), zip(nodes, room, strict=True), strict=True):
+            filling[node] = min(most, bundles - sum(filling.values()) - left)
+        yield filling
+        return
+    if len(nodes) == 1:
+        if 1 <= bundles <= room[0]:
+            yield {nodes[0]: bundles}
+        return
+    for count in range(min(room[0], bundles - len(nodes) + 1), max(0, bundles - sum(room[1:]) - 1), -1):
+        for rest in _fillings(nodes[1:], room[1:], bundles - count):
+            yield {nodes[0]: count, **rest}
 
 
 def _room(pool: Pool, free: Amounts) -> int:

@@ -113,4 +113,5 @@ def test_a_thousand_nodes_take_no_time():
     nodes = {f"n{i}": {"CPU": 64.0, "GPU": 8.0} for i in range(1000)}
     found = layout({"policy": Demand(4096, 1, 1), "rollout": Demand(1024, 1, 2), "reward": Demand(64, 1, 1, nodes=8)}, nodes)
     assert len(found["policy"]) == 512
+    assert len(layout({"policy": Demand(8000, 1, 1)}, nodes)["policy"]) == 1000
     assert layout({"policy": Demand(8001, 1, 1)}, nodes) is None
