@@ -292,7 +292,7 @@ class Engines(Group):
 
     tensor_parallel: int = key(
         1,
-        "GPUs of each engine (without GPUs: processes, each with `threads` cores of its own) over which its matrices are split.",
+        "GPUs of each engine (without GPUs: processes of `threads` threads each) over which its matrices are split.",
         unit="GPUs",
         ge=1,
         source="arXiv:1909.08053",

@@ -8,7 +8,6 @@ it), is given ids and never text, and validates every id:
 one id outside the vocabulary would make vLLM wait for ever.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from rlhf.experience import Rollout
 ENGINE_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the actor: its death is the actor's, seen in 0.2 s
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the other roles
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the other roles; `auto` would want a NUMA node per process
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -56,8 +55,6 @@ class EngineWorker(Worker):
         shares: the engine's devices are others' too, whenever it sleeps.
         """
         super().__init__(rank, world, threads)
-        if tensor_parallel > 1 and not hardware().is_gpu:
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = bound_cores(rank, tensor_parallel, threads)
         from vllm import LLM
 
         from rlhf.weight_sync import BACKEND
@@ -157,14 +154,3 @@ class EngineWorker(Worker):
                 raise ValueError(f"prompt {i}: {len(prompt)} + {max_tokens} tokens are more than the engine's {self.max_tokens}")
             if not 0 <= min(prompt) <= max(prompt) < self.vocab_size:
                 raise ValueError(f"prompt {i} has an id outside 0..{self.vocab_size - 1}")
-
-
-def bound_cores(engine: int, parts: int, threads: int) -> str:
-    """Which cores each process of an engine computes on, as VLLM_CPU_OMP_THREADS_BIND wants it: "0,1|2,3" for 2 parts of 2 threads.
-
-    Neighbouring engines get neighbouring cores; where there are too few, they begin again at the first.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    first = engine * parts * threads
-    mine = [[cores[(first + part * threads + i) % len(cores)] for i in range(threads)] for part in range(parts)]
-    return "|".join(",".join(map(str, sorted(set(of_part)))) for of_part in mine)
