@@ -75,6 +75,7 @@ NO_MATTER = {
     "distill.teacher",
     "ppo.checkpoint_every",
     "ppo.groups",
+    "ppo.colocate",
     "ppo.log_prob_gap_limit",
     "ppo.preset",  # its values count one by one
     "ppo.weight_sync",

@@ -16,14 +16,14 @@ def generate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, each: in
     Prompts go round the engines, all answers to one of them come from the same, which computes it once. A sample's seed is
     arithmetic, so who writes it changes nothing. `temperature` replaces the recipe's; 0 takes the likeliest token each time.
     """
-    actors, config = graph["rollout"].actors, recipe.ppo
-    heat = config.temperature if temperature is None else temperature
+    engines, config = graph["rollout"], recipe.ppo
+    heat, count = config.temperature if temperature is None else temperature, len(engines.actors)
     rollouts = {}
-    for rank, actor in enumerate(actors[: len(prompts)]):
-        index = [p * each + k for p in range(rank, len(prompts), len(actors)) for k in range(each)]
+    for rank in range(min(count, len(prompts))):
+        index = [p * each + k for p in range(rank, len(prompts), count) for k in range(each)]
         seeds = [sample_seed(recipe.seed, step * len(prompts) * each + i) for i in index]
         mine = [prompts[i // each] for i in index]
-        rollouts[f"rollout[{rank}]"] = actor.generate.remote(index, mine, seeds, config.max_response_tokens, heat)
+        rollouts[f"rollout[{rank}]"] = engines.ask(rank, "generate", index, mine, seeds, config.max_response_tokens, heat)
     wait(rollouts, recipe.cluster.deadline_s, f"step {step}: rollout")
     return list(rollouts.values())
 

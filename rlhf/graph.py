@@ -4,7 +4,8 @@
         graph["policy"].start("load", ...)
 
 Which roles there are is up to the stage: PPO opens all five, or four where answers are compared with each other and not with what a
-critic expects of them; evaluation opens those that judge, distillation two.
+critic expects of them; evaluation opens those that judge, distillation two. Roles of a `ppo.colocate` set share one placement group and
+take turns on its devices (`cluster/groups.py`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.deadlines import wait
-from cluster.groups import Group, Worker
+from cluster.groups import Group, Worker, begin
 from cluster.placement import Demand, check, place
 from data.tokenizers import Tokenizer
 from rlhf.recipe import Recipe
-from rlhf.rollout import CPU_ENV, ENGINE_ENV, EngineWorker
+from rlhf.rollout import EngineWorker, engine_env
 from rlhf.weight_sender import transport
 
 Role = tuple[type[Worker], tuple[Any, ...]]  # the class of a role's workers and their arguments
@@ -30,15 +30,19 @@ def demands(recipe: Recipe, roles: tuple[str, ...] | None = None) -> dict[str, D
     """What each role asks of the cluster, from `ppo.groups`. Default: all that PPO opens, the critic only if the recipe has one."""
     if roles is None:
         roles = tuple(role for role in ROLES if role != "critic" or recipe.ppo.needs_critic)
-    groups = {role: getattr(recipe.ppo.groups, role) for role in roles}
-    return {role: Demand(group.workers, group.cpus, group.gpus) for role, group in groups.items()}
+    return {role: getattr(recipe.ppo.groups, role).demand for role in roles}
 
 
 def engines(recipe: Recipe, model: Path, tokenizer: Tokenizer) -> Role:
     """vLLM engines for `model`, made for the longest prompt and response that the recipe allows."""
     longest = recipe.ppo.max_prompt_tokens + recipe.ppo.max_response_tokens
-    stop = [tokenizer.end_of_turn, tokenizer.end_of_text]
-    return EngineWorker, (model, stop, tokenizer.vocab_size, longest, recipe.seed, transport(recipe))
+    stop, config = [tokenizer.end_of_turn, tokenizer.end_of_text], recipe.ppo
+    parts = (config.groups.rollout.tensor_parallel, shares_devices(recipe, "rollout"))
+    return EngineWorker, (model, stop, tokenizer.vocab_size, longest, recipe.seed, transport(recipe), *parts)
+
+
+def shares_devices(recipe: Recipe, role: str) -> bool:
+    return any(role in names for names in recipe.ppo.colocate)
 
 
 @contextmanager
@@ -49,8 +53,8 @@ def open_graph(recipe: Recipe, roles: Mapping[str, Role]) -> Iterator[Graph]:
     `cluster.placement_timeout_s`.
     """
     asked = demands(recipe, tuple(roles))
-    check(asked)
-    placements = place(asked, recipe.cluster.placement_timeout_s)
+    check(asked, recipe.ppo.colocate)
+    rooms = place(asked, recipe.cluster.placement_timeout_s, recipe.ppo.colocate)
     graph: Graph = {}
     try:
         for name, (worker, args) in roles.items():
@@ -58,14 +62,14 @@ def open_graph(recipe: Recipe, roles: Mapping[str, Role]) -> Iterator[Graph]:
                 name,
                 worker,
                 asked[name],
-                placements[name],
+                rooms[name],
                 args=args,
                 threads=getattr(recipe.ppo.groups, name).threads,
-                at_once=2 if worker is EngineWorker else 1,  # an engine takes further prompts while it writes
-                env=None if worker is not EngineWorker else ENGINE_ENV if asked[name].gpus else ENGINE_ENV | CPU_ENV,
+                # An engine takes further prompts while it writes; where it shares its devices it is given all at once, and calls queue.
+                at_once=2 if worker is EngineWorker and not shares_devices(recipe, name) else 1,
+                env=engine_env(on_gpu=asked[name].gpus > 0) if worker is EngineWorker else None,
             )
-        starting = {actor: ref for group in graph.values() for actor, ref in group.start("host").items()}
-        wait(starting, recipe.cluster.deadline_s, "start the actors")
+        begin(list(graph.values()), recipe.cluster.deadline_s)
         for group in graph.values():
             if group.name != "rollout":  # engines work each for itself
                 group.connect(recipe.cluster.ports, recipe.cluster.deadline_s)

@@ -367,6 +367,8 @@ class Recipe(Section):
                     wrong.append(f"{name} = {length} is longer than model.max_positions = {limit}")
             if (size := self.model.hidden_size // self.model.heads) not in HEAD_SIZES:
                 wrong.append(f"model.hidden_size / model.heads = {size}: vLLM, which writes the rollouts, can only do {HEAD_SIZES}")
+            if self.model.heads % (parts := self.ppo.groups.rollout.tensor_parallel):
+                wrong.append(f"ppo.groups.rollout.tensor_parallel = {parts} must divide model.heads = {self.model.heads}")
             if self.tokenizer.encoding == "model":
                 wrong.append("tokenizer.encoding = model needs model.init")
         if self.tokenizer.extend is not None and self.tokenizer.encoding != "model":

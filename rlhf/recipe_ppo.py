@@ -6,10 +6,11 @@
 What a key defaults to may depend on others (`filled`), and some keys have no effect beside others (`idle`): then they are errors.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
+from cluster.plan import Demand, disagreement
 from rlhf.ppo_presets import PRESETS, told
 from rlhf.recipe_base import Optimizer, Section, key
 
@@ -21,8 +22,43 @@ class Group(Section):
 
     workers: int = key(1, "Actors of this group; they form one process group (for rollout: independent engines).", unit="actors", ge=1)
     cpus: float = key(1, "CPU cores of each actor, as Ray schedules them.", unit="cores", ge=0)
-    gpus: float = key(0, "GPUs of each actor.", unit="GPUs", ge=0)
+    gpus: float = key(0, "GPUs of each actor, all on one node; a fraction shares one.", unit="GPUs", ge=0)
+    nodes: int | None = key(
+        None, "Spread the actors over so many nodes, equally many on each. Default: as few nodes as hold them.", unit="nodes", ge=1
+    )
     threads: int = key(1, "Compute threads of each actor.", unit="threads", ge=1)
+
+    @property
+    def demand(self) -> Demand:
+        """What the role asks of the cluster."""
+        return Demand(self.workers, self.cpus, self.gpus, self.nodes)
+
+    @model_validator(mode="after")
+    def actors_fit_their_nodes(self) -> "Group":
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus = {self.gpus:g}: an actor has a part of one GPU, or whole ones")
+        if self.nodes is not None and self.workers % self.nodes:
+            raise ValueError(f"nodes = {self.nodes} must divide workers = {self.workers}")
+        return self
+
+
+class Engines(Group):
+    """The rollout role: each of its `workers` actors is one engine."""
+
+    tensor_parallel: int = key(
+        1,
+        "GPUs of each engine (without GPUs: processes of `threads` threads each) over which its matrices are split.",
+        unit="GPUs",
+        ge=1,
+        source="arXiv:1909.08053",
+    )
+
+    @model_validator(mode="after")
+    def an_engine_uses_its_gpus(self) -> "Engines":
+        if self.gpus and self.tensor_parallel != max(1, self.gpus):
+            parts = f"tensor_parallel = {self.tensor_parallel}"
+            raise ValueError(f"gpus = {self.gpus:g} must equal {parts}: every GPU of an engine holds a part of it")
+        return self
 
 
 class Groups(Section):
@@ -30,7 +66,7 @@ class Groups(Section):
     reference: Group = key(Group(), "The frozen model that KL is measured against.")
     reward: Group = key(Group(), "The reward model.")
     critic: Group = key(Group(), "The value model, with `ppo.advantage: gae`.")
-    rollout: Group = key(Group(), "vLLM engines that write the responses.")
+    rollout: Engines = key(Engines(), "vLLM engines that write the responses.")
 
 
 class Ppo(Optimizer):
@@ -41,6 +77,11 @@ class Ppo(Optimizer):
         4096, "Tokens of one forward and backward pass of one worker; samples are packed up to it without padding.", unit="tokens", ge=16
     )
     groups: Groups = key(Groups(), "The actors, CPUs and GPUs of each role.")
+    colocate: list[Annotated[list[Literal["policy", "reference", "reward", "critic", "rollout"]], Field(min_length=2)]] = key(
+        [],
+        "Roles that share their GPUs (or cores) and work in turn, as [[policy, reference], [rollout, reward]]; who waits keeps its "
+        "weights in host memory. Roles of a set take equally many GPUs. Default: each role has its own.",
+    )
     steps: int = key(40, "PPO steps: one rollout and `epochs` passes over it each.", unit="steps", ge=1)
     rollout_batch: int = key(64, "Prompts answered per step.", unit="prompts", ge=1)
     samples_per_prompt: int = key(1, "Answers to each of these prompts: a group.", unit="samples", ge=1)
@@ -173,6 +214,17 @@ class Ppo(Optimizer):
         unit="nats",
     )
     checkpoint_every: int = key(10, "Steps between two checkpoints.", unit="steps", ge=1)
+
+    @model_validator(mode="after")
+    def sets_share_equal_amounts(self) -> "Ppo":
+        named = [role for names in self.colocate for role in names]
+        if twice := {role for role in named if named.count(role) > 1}:
+            raise ValueError(f"colocate names {', '.join(sorted(twice))} twice: a role is in one place")
+        for names in self.colocate:
+            why = disagreement({role: getattr(self.groups, role).demand for role in names})
+            if why:
+                raise ValueError(f"colocate: {why}")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -26,6 +26,7 @@ from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, es
 from rlhf.learner import Learner, Loss, full_weights, shard
 from rlhf.losses import clipped_value, kl, policy_loss
 from rlhf.models import Batch, LanguageModel, ScalarModel, load_causal_lm, load_critic, load_reward_model, save_model
+from rlhf.offload import offload, restore
 from rlhf.recipe import OnPolicyDistill, Ppo, Recipe
 from rlhf.shaping import Running
 from rlhf.weight_sender import WeightSender
@@ -36,12 +37,26 @@ Sums = tuple[torch.Tensor, dict[str, torch.Tensor]]
 class Role(Worker):
     """What all four have in common: the recipe and the cutting of a rollout into packed micro-batches."""
 
+    model: torch.nn.Module
+
     def __init__(self, rank: int, world: int, threads: int, recipe: Recipe, model: Path) -> None:
         super().__init__(rank, world, threads)
         if recipe.deterministic:
             use_deterministic_kernels()
         self.recipe, self.config, self.path = recipe, recipe.ppo, model
         self.device = hardware().device
+
+    def held(self) -> tuple[torch.nn.Module, list[torch.optim.Optimizer]] | None:
+        """What lies on the device: a model and what optimizes it. None before `load`."""
+        return (self.model, []) if hasattr(self, "model") else None
+
+    def sleep(self) -> None:
+        if held := self.held():
+            offload(*held)
+
+    def wake(self) -> None:
+        if held := self.held():
+            restore(*held, self.device)
 
     def score(self, rollouts: tuple[Rollout, ...], numbers: Callable[[Batch], torch.Tensor], lengths: Callable[[Rollout], Ints]) -> Scores:
         """`numbers` of this rank's samples; a micro-batch of them holds `lengths` numbers per sample, sample after sample."""
@@ -112,6 +127,9 @@ class LearningRole(Role):
 
     learner: Learner
     checkpoints: Path
+
+    def held(self) -> tuple[torch.nn.Module, list[torch.optim.Optimizer]] | None:
+        return (self.learner.model, self.learner.optimizers) if hasattr(self, "learner") else None
 
     def save(self, step: int) -> None:
         self.learner.save(self.checkpoints, step)

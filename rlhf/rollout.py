@@ -3,7 +3,8 @@
     engine = EngineWorker(0, 1, threads=2, model=path, stop=[3], vocab_size=4096, max_tokens=96, seed=0)
     rollout = engine.generate(index=[0, 1], prompts=[[5, 6], [7]], seeds=[1, 2], max_tokens=32, temperature=1.0)
 
-An engine lives in its actor's process (no second process to lose), is given ids and never text, and validates every id:
+An engine lives in its actor's process (no second process to lose; only with tensor parallelism its workers are processes below
+it), is given ids and never text, and validates every id:
 one id outside the vocabulary would make vLLM wait for ever.
 """
 
@@ -26,12 +27,16 @@ from rlhf.sampling import Piece, Sampling, Wanted
 ENGINE_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the actor: its death is the actor's, seen in 0.2 s
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the other roles
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # cores are shared with the other roles; `auto` would want a NUMA node per process
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
 CPU_ENV = {"TORCHDYNAMO_DISABLE": "1"}  # without a GPU the sampler's first compiled call costs 6 s and gains nothing
+
+
+def engine_env(on_gpu: bool) -> dict[str, str]:
+    return ENGINE_ENV if on_gpu else ENGINE_ENV | CPU_ENV
 
 
 @dataclass
@@ -58,10 +63,14 @@ class EngineWorker(Worker):
         max_tokens: int,
         seed: int,
         transport: str = "object_store",
+        tensor_parallel: int = 1,
+        shares: bool = False,
     ) -> None:
         """Load `model` for sequences of at most `max_tokens` tokens; generation ends at one of the `stop` ids.
 
-        `transport` is how new weights come, see `weight_sender`.
+        transport: how new weights come, see `weight_sender`.
+        tensor_parallel: over how many GPUs of this actor, or processes without one, each matrix is split.
+        shares: the engine's devices are others' too, whenever it sleeps.
         """
         super().__init__(rank, world, threads)
         from vllm import LLM
@@ -82,11 +91,24 @@ class EngineWorker(Worker):
             weight_transfer_config={"backend": transport},
             worker_extension_cls="rlhf.weight_sync.WorkerExtension",
             disable_log_stats=True,
+            tensor_parallel_size=tensor_parallel,
+            # vLLM's Ray executor would ask Ray for GPUs that this actor holds already, and refuses CPUs: processes of its own.
+            distributed_executor_backend="mp" if tensor_parallel > 1 else None,
+            enable_sleep_mode=shares and hw.is_gpu,
+            gpu_memory_utilization=0.8 if shares else 0.9,  # a sleeping role keeps its CUDA context, about 0.5 GB
         )
 
     def ready(self) -> str:
         """The version of the weights, once the engine stands."""
         return self.version
+
+    def sleep(self) -> None:
+        """Weights to host memory, KV cache dropped (vLLM's level 1: there need not be a weight sync before the next answer). On a
+        CPU, where all is host memory already, vLLM only pauses."""
+        self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        self.llm.wake_up()
 
     def generate(
         self, index: Sequence[int], prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_tokens: int, temperature: float

@@ -10,9 +10,11 @@ The controller holds references and, of each piece, which samples it has and how
   the engine with the fewest outstanding tokens, so a long answer holds nobody but itself.
 - **A scorer starts when there is a full call's worth of tokens** (`Scorer.budget`: what its ranks compute in one micro-batch), or
   when nothing more will come. What arrives meanwhile makes its next call larger, up to the budget.
-- **A scorer has at most two calls**: one at work, one waiting with its arguments there.
+- **A scorer has at most two calls**: one at work, one waiting with its arguments there. A scorer that shares its devices with another
+  role has one, at the end.
 """
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,6 +52,7 @@ class Flow:
 @dataclass
 class _Engine:
     actor: Any
+    rank: int
     name: str
     answers: Any = None  # the generator of its pieces; None once it has ended
     rollout: ObjectRef | None = None  # a piece whose description is still to come
@@ -68,10 +71,12 @@ class _Scoring:
     def start(self, more_to_come: bool) -> dict[ObjectRef, str]:
         """Start a call if it is time; its references."""
         tokens = sum(size for _, size in self.waiting)
-        if not self.waiting or len(self.calls) == 2 or (more_to_come and tokens < self.scorer.budget):
+        # A group that shares its devices is woken once, for everything.
+        budget = self.scorer.budget if self.scorer.group.turns is None else math.inf
+        if not self.waiting or len(self.calls) == 2 or (more_to_come and tokens < budget):
             return {}
         mine = [self.waiting.popleft()]
-        while self.waiting and sum(size for _, size in mine) + self.waiting[0][1] <= self.scorer.budget:
+        while self.waiting and sum(size for _, size in mine) + self.waiting[0][1] <= budget:
             mine.append(self.waiting.popleft())
         call = self.scorer.group.start(self.scorer.method, *(ref for ref, _ in mine))
         self.calls.append(call)
@@ -92,11 +97,12 @@ def stream(engines: Group, wanted: Sequence[Wanted], sampling: Sampling, scorers
     """
     flow = Flow(scores={name: [] for name in scorers})
     queue = deque(wanted)
-    workers = [_Engine(actor, f"{engines.name}[{rank}]") for rank, actor in enumerate(engines.actors)]
-    first = _deal(workers, queue, sampling)
+    workers = [_Engine(actor, rank, f"{engines.name}[{rank}]") for rank, actor in enumerate(engines.actors)]
+    # Engines that share their devices sleep when others work: they are given all at once, and nobody is called before they are done.
+    first = _deal(workers, queue, sampling, IN_FLIGHT if engines.turns is None else len(queue) * max(len(one.seeds) for one in wanted))
     for worker, mine in zip(workers, first, strict=True):
         if mine:
-            worker.answers = worker.actor.stream.options(num_returns="streaming").remote(mine, sampling, not queue)
+            worker.answers = engines.read(worker.rank, "stream", mine, sampling, not queue)
     scoring = [_Scoring(name, scorer) for name, scorer in scorers.items()]
     names: dict[ObjectRef, tuple[str, _Scoring]] = {}
 
@@ -146,11 +152,11 @@ def _next(worker: _Engine, flow: Flow, what: str) -> Piece | None:
     return piece
 
 
-def _deal(workers: list[_Engine], queue: deque[Wanted], sampling: Sampling) -> list[list[Wanted]]:
-    """Prompts from the front of the queue to the engines with least to do, as long as one has room: what each gets."""
+def _deal(workers: list[_Engine], queue: deque[Wanted], sampling: Sampling, most: int = IN_FLIGHT) -> list[list[Wanted]]:
+    """Prompts from the front of the queue to the engines with least to do, as long as one has room for its samples: what each gets."""
     mine: list[list[Wanted]] = [[] for _ in workers]
     while queue:
-        room = [i for i, w in enumerate(workers) if w.samples == 0 or w.samples + len(queue[0].seeds) <= IN_FLIGHT]
+        room = [i for i, w in enumerate(workers) if w.samples == 0 or w.samples + len(queue[0].seeds) <= most]
         if not room:
             break
         least = min(room, key=lambda i: (workers[i].tokens, i))

@@ -88,6 +88,7 @@ def test_second_run_skips_everything_and_needs_no_ray(go, monkeypatch: pytest.Mo
         ("distill.teacher=nowhere", []),
         ("cluster.workers=1", []),  # where it runs does not change what comes out
         ("ppo.groups.policy.cpus=0.5", []),
+        ("ppo.colocate=[[policy, reference]]", []),
         ("pretrain.checkpoint_every=1", []),
         ("data.cache_dir=elsewhere", []),
     ],

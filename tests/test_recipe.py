@@ -318,3 +318,32 @@ def test_presets(recipe_path: Path, name: str, tmp_path: Path) -> None:
         assert recipe_file.load(tmp_path / "resolved.yaml") == one  # a preset's keys that idle here are no mistake of the recipe
     explained = recipe_keys.explain("ppo.preset")[0].values.splitlines()
     assert any(line.startswith(name) and f"learning_rate {recipe.ppo.learning_rate}" in line for line in explained)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["ppo.groups.policy.gpus=1.5"], "ppo.groups.policy.gpus = 1.5: an actor has a part of one GPU, or whole ones"),
+        (["ppo.groups.policy.workers=8", "ppo.groups.policy.nodes=3"], "ppo.groups.policy.nodes = 3 must divide workers = 8"),
+        (["ppo.groups.rollout.gpus=2"], "ppo.groups.rollout.gpus = 2 must equal tensor_parallel = 1"),
+        (["ppo.groups.rollout.gpus=1", "ppo.groups.rollout.tensor_parallel=2"], "gpus = 1 must equal tensor_parallel = 2"),
+        (["ppo.groups.rollout.tensor_parallel=3"], "ppo.groups.rollout.tensor_parallel = 3 must divide model.heads = 4"),
+        (["ppo.groups.policy.tensor_parallel=2"], "ppo.groups.policy.tensor_parallel is no key of a recipe"),
+        (["ppo.colocate=[[policy, judge]]"], "ppo.colocate should be 'policy', 'reference'"),
+        (["ppo.colocate=[[policy]]"], "ppo.colocate"),
+        (["ppo.colocate=[[policy, critic], [critic, reward]]"], "ppo.colocate names critic twice: a role is in one place"),
+        (["ppo.colocate=[[policy, critic]]", "ppo.groups.policy.workers=2"], "workers x cpus (policy 2 x 1, critic 1 x 1)"),
+        (["ppo.colocate=[[policy, critic]]", "ppo.groups.policy.gpus=1"], "whole GPUs, or none of them any (policy 1 x 1, critic 1 x 0)"),
+    ],
+)
+def test_groups_that_cannot_be(recipe_path: Path, overrides: list[str], what: str) -> None:
+    assert what in complaint(recipe_path, *overrides)
+
+
+def test_groups_that_share(recipe_path: Path) -> None:
+    gpus = [f"ppo.groups.{role}.gpus=1" for role in ("policy", "reference", "reward", "critic")]
+    four = [f"ppo.groups.{role}.workers=4" for role in ("policy", "reference", "reward", "critic")]
+    engines = ["ppo.groups.rollout.gpus=2", "ppo.groups.rollout.tensor_parallel=2", "ppo.groups.rollout.workers=2"]
+    recipe = recipe_file.load(recipe_path, [*gpus, *four, *engines, "ppo.colocate=[[policy, reference], [rollout, reward]]"])
+    assert recipe.ppo.colocate == [["policy", "reference"], ["rollout", "reward"]]
+    assert recipe.ppo.groups.rollout.demand.width == 2

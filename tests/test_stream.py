@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
 
 from benchmarks.sleepers import SleepingEngine, SleepingScorer
 from cluster.errors import ClusterError
-from cluster.groups import Group, Worker
-from cluster.placement import Demand
+from cluster.groups import Group, Worker, begin
+from cluster.placement import Demand, place
 from rlhf.experience import align, merge
 from rlhf.sampling import Sampling, Wanted, wanted
 from rlhf.stream import IN_FLIGHT, Scorer, stream
@@ -27,10 +26,9 @@ class Groups:
 
     def __call__(self, name: str, worker: type[Worker], workers: int, *args: object, at_once: int = 2) -> Group:
         demand = Demand(workers, 0.01, 0)
-        placement = placement_group([demand.bundle] * workers)
-        assert placement.wait(30)
-        group = Group(name, worker, demand, placement, args=args, threads=1, at_once=at_once)
+        group = Group(name, worker, demand, place({name: demand}, 60)[name], args=args, threads=1, at_once=at_once)
         self.open.append(group)
+        begin([group], 120)
         return group
 
 
@@ -40,7 +38,6 @@ def groups() -> Iterator[Groups]:
     yield made
     for group in made.open:
         group.stop()
-        remove_placement_group(group.placement)
 
 
 def asked(lengths: Sequence[Sequence[int]]) -> list[Wanted]:
@@ -66,7 +63,6 @@ def test_a_long_answer_holds_nobody(groups: Groups) -> None:
     """While one answer of 3 seconds is being written, the others are there and scored."""
     engines = groups("rollout", SleepingEngine, 2)
     scorer = groups("reward", SleepingScorer, 1, at_once=1)
-    ray.get([*engines.start("host").values(), *scorer.start("host").values()])  # all have started
     began = time.time()
     stream(engines, asked([[3000]] + [[10]] * 40), Sampling(20, 1.0, 10), {"rewards": Scorer(scorer, "scores", 100)}, seconds=30, what="")
     first_scored = min(start for what, start, _ in ray.get(scorer.actors[0].work_done.remote()) if what == "scores")
