@@ -186,7 +186,7 @@ def layouts(pool: Pool, free: Mapping[str, Amounts]) -> Iterator[Counter[str]]:
 def _fillings(nodes: Sequence[str], room: Sequence[int], bundles: int) -> Iterator[dict[str, int]]:
     """All ways to put `bundles` on exactly these nodes, at least one on each; the first ones as full as can be."""
     if len(nodes) > DEEP:  # the first one alone: nobody searches that far
-        filling = {}
+        filling: dict[str, int] = {}
         for left, (node, most) in zip(range(len(nodes) - 1, -1, -1), zip(nodes, room, strict=True), strict=True):
             filling[node] = min(most, bundles - sum(filling.values()) - left)
         yield filling
