@@ -2,7 +2,7 @@
 
     plan = Curriculum(recipe.pretrain, recipe.seed, shards, mixture.sources(folder, "train"))
     plan.ids(137)                                # the units of step 137, out of plan.units
-    plan.check()                                 # DataError when a source has no text, or is seen more often than max_epochs
+    plan.check()                                 # DataError when a phase shows a source more often than its max_epochs
 
 A source's windows come in an order of its own (`data/order.py`), and every phase goes on in it where the last one of the same window
 length stopped: nothing is seen twice before all of the source has been seen. How many windows of each source a phase

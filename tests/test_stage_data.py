@@ -36,7 +36,11 @@ def test_data_stage_makes_every_part_and_reports_it(ray_session: None, words: Pa
 
     with (tmp_path / "speech.jsonl").open("a") as file:
         file.write("{broken\n")
-    run_dir = pipeline.run(recipe_file.load(words, ["data.max_broken_fraction=0.5", "data.validation_fraction=0.2"]), only="data")
+    said = [f"Fellow citizens, {n} and more." for n in ("eleven", "twelve", "many")] + ["Fellow citizens, one one and one."]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in said))
+    both = [f"{tmp_path}/speech.jsonl", f"{tmp_path}/more.jsonl"]
+    settings = ["data.max_broken_fraction=0.5", "data.validation_fraction=0.2", f"data.pretrain={json.dumps(both)}"]
+    run_dir = pipeline.run(recipe_file.load(words, settings), only="data")
     out = run_dir / "data"
     assert load(out / "tokenizer").vocab_size == 300
     for split in ("train", "validation"):
@@ -45,7 +49,8 @@ def test_data_stage_makes_every_part_and_reports_it(ray_session: None, words: Pa
             assert len(Examples(out / part, split)) > 0
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["data/pretrain_broken"] == 1
-    assert summary["data/train_documents"] + summary["data/validation_documents"] == 100
+    assert summary["data/train_documents"] + summary["data/validation_documents"] == 103
+    assert sum(summary[f"data/train_tokens/{source}"] for source in both) == summary["data/train_tokens"]
     assert summary["data/sft_train"] + summary["data/sft_validation"] == 10
 
 
