@@ -37,8 +37,9 @@ class SleepingEngine(Worker):
             asked = []
             if open_ends:
                 time.sleep(max(0.0, min(end for end, _ in open_ends) - time.monotonic()))
-            done = [one for end, one in open_ends if end <= time.monotonic()]
-            open_ends = [(end, one) for end, one in open_ends if end > time.monotonic()]
+            now = time.monotonic()
+            done = [one for end, one in open_ends if end <= now]
+            open_ends = [(end, one) for end, one in open_ends if end > now]
             for one in done:
                 yield self.rollout(one)
                 yield Piece(len(one.seeds), len(one.prompt) + sum(one.seeds), one.outstanding(sampling))
@@ -62,11 +63,16 @@ class SleepingEngine(Worker):
 class SleepingScorer(Worker):
     """Scores every sample by its number; ranks share the samples."""
 
+    def __init__(self, rank: int, world: int, threads: int) -> None:
+        super().__init__(rank, world, threads)
+        self.asked = 0
+
     def scores(self, *rollouts: Rollout) -> Scores:
         rollout = merge(rollouts)
+        self.asked += 1
         time.sleep(len(rollout.tokens) * 1e-4)
         mine = np.arange(self.rank, len(rollout.index), self.world)
         return rollout.index[mine], rollout.index[mine].astype(np.float32)
 
     def calls(self) -> int:
-        return len(self.spans)
+        return self.asked

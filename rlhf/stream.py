@@ -140,6 +140,8 @@ def _next(worker: _Engine, flow: Flow, what: str) -> Piece | None:
         worker.answers = None
         if worker.rollout is not None:  # not a piece but what ended the engine's stream
             _get(worker.rollout, worker.name, what)
+        if worker.samples:
+            raise ClusterError(f"{what}: {worker.name} ended and left {worker.samples} answers out")
         return None
     if worker.rollout is None:
         worker.rollout = ref
