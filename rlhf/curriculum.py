@@ -114,15 +114,15 @@ class Curriculum:
         which = f"phase {self.phases.index(planned) + 1} of {len(self.phases)}: steps {step + 1:,} to {step + planned.phase.steps:,}"
         seen, total = self._epochs(planned), planned.mixture.period
         if len(self.sources) == 1:
-            return f"{which}, windows of {planned.length} tokens, {seen[0]:.2f} epochs"
+            return f"{which}, windows of {planned.length} tokens, {seen[0]:.3g} epochs"
         shares = {s: part / total for s, part in enumerate(planned.mixture.parts) if part}
-        texts = [f"{self.sources[s].name} {share:.3g} of the tokens ({seen[s]:.2f} epochs)" for s, share in _largest(shares)]
+        texts = [f"{self.sources[s].name} {share:.3g} of the tokens ({seen[s]:.3g} epochs)" for s, share in _largest(shares)]
         return f"{which}, windows of {planned.length} tokens: {_listed(texts, len(shares))}"
 
     def summary(self) -> str:
         """How often all phases together show each source."""
         epochs = np.sum([self._epochs(planned) for planned in self.phases], axis=0)
-        texts = [f"{self.sources[s].name} {seen:.2f}".strip() for s, seen in _largest(dict(enumerate(epochs.tolist())))]
+        texts = [f"{self.sources[s].name} {seen:.3g}".strip() for s, seen in _largest(dict(enumerate(epochs.tolist())))]
         return f"{len(self.phases)} phases, {self.steps:,} steps; epochs over all of them: {_listed(texts, len(self.sources))}"
 
     def check(self) -> None:

@@ -173,8 +173,8 @@ def test_too_many_epochs_are_refused_with_what_would_do(data: Path) -> None:
 
 def test_what_begins_is_said(data: Path) -> None:
     plan = of(data, {"steps": 10}, {"steps": 20, "weights": {"qa": 1, "web": 3}, "sequence_length": 32})
-    mixed = "web 0.75 of the tokens (0.56 epochs), qa 0.25 of the tokens (1.50 epochs)"
-    assert plan.summary() == "2 phases, 30 steps; epochs over all of them: web 0.69, code 0.12, qa 1.60"
+    mixed = "web 0.75 of the tokens (0.556 epochs), qa 0.25 of the tokens (1.5 epochs)"
+    assert plan.summary() == "2 phases, 30 steps; epochs over all of them: web 0.685, code 0.125, qa 1.6"
     assert plan.note(10) == f"phase 2 of 2: steps 11 to 30, windows of 32 tokens: {mixed}"
     assert [step for step in range(30) if plan.note(step)] == [0, 10]
     assert [plan.metrics(done)["phase"] for done in (1, 10, 11, 30)] == [1, 1, 2, 2]
