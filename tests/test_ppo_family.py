@@ -48,9 +48,10 @@ def train(recipe: Recipe, made: dict[str, Path], out: Path) -> list[dict[str, fl
 
 def recipe_of(**ppo: object) -> Recipe:
     sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
-    groups = {role: {"cpus": 0.4} for role in ("policy", "reference", "reward", "rollout")}
+    roles = ("policy", "reference", "reward", "rollout", "critic")
+    groups = {role: {"cpus": 0.4} for role in roles}
     shared = {"steps": 2, "epochs": 1, "checkpoint_every": 1, "learning_rate": 1e-3, "max_response_tokens": 8, "groups": groups}
-    return Recipe(name="test", data=sources, model=SIZES, ppo=shared | ppo)
+    return Recipe(name="test", data=sources, cluster={"placement_timeout_s": 120}, ppo=shared | ppo)
 
 
 def test_grpo_needs_no_critic_and_resumes_to_the_same_bits(ray_session, made, tmp_path):
@@ -80,11 +81,14 @@ def test_grpo_needs_no_critic_and_resumes_to_the_same_bits(ray_session, made, tm
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "whole", again)
     shutil.rmtree(again / "model")
-    shutil.rmtree(again / "checkpoints" / "policy" / "step_2")
+    shutil.rmtree(again / "checkpoints" / "policy" / "step_00000002")
     assert train(recipe, made, again) == rows
     assert (again / "model" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
 
 
-def test_remax_asks_for_greedy_answers(ray_session, made, tmp_path):
-    row = train(recipe_of(steps=1, advantage="remax", rollout_batch=4, global_batch=4, policy_loss="cispo"), made, tmp_path / "remax")[0]
+@pytest.mark.parametrize("keys", [{"advantage": "remax", "policy_loss": "cispo"}, {"preset": "trl"}], ids=["remax", "trl"])
+def test_greedy_baselines_and_a_critic(ray_session, made, tmp_path, keys):
+    recipe = recipe_of(steps=1, rollout_batch=4, global_batch=4, **keys)
+    (row,) = train(recipe, made, tmp_path / "out")
     assert row["ppo/policy_grad_norm"] > 0
+    assert ("ppo/critic_loss" in row) == recipe.ppo.needs_critic == ("critic" in demands(recipe))
