@@ -44,7 +44,8 @@ class SleepingEngine(Worker):
                 yield self.rollout(one)
                 yield Piece(len(one.seeds), len(one.prompt) + sum(one.seeds), one.outstanding(sampling))
             while not last and not (self.inbox.empty() and open_ends):
-                asked, last = self.inbox.get()
+                more, last = self.inbox.get()
+                asked = [*asked, *more]
 
     def more(self, asked: Sequence[Wanted], last: bool) -> None:
         self.inbox.put((asked, last))

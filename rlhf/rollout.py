@@ -48,7 +48,7 @@ class Answers:
 
     @property
     def tokens(self) -> int:
-        return len(self.asked.prompt) * len(self.given) + sum(len(completion.token_ids) for completion in self.given.values())
+        return len(self.asked.prompt) + sum(len(completion.token_ids) for completion in self.given.values())
 
 
 class EngineWorker(Worker):

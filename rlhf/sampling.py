@@ -42,7 +42,7 @@ class Piece:
     """What the controller is told about some of an engine's answers."""
 
     samples: int
-    tokens: int  # prompts and answers
+    tokens: int  # to be computed: each prompt once, and the answers
     outstanding: int  # by how much less the engine now has to do, in the units of `Wanted.outstanding`
 
 
