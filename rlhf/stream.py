@@ -8,15 +8,16 @@ The controller holds references and, of each piece, which samples it has and how
 
 - **Prompts go to whom has least to do.** An engine is given no more than it can work at; the rest goes, one prompt at a time, to
   the engine with the fewest outstanding tokens, so a long answer holds nobody but itself.
-- **A scorer starts when there is a full call's worth of tokens** (`Scorer.budget`: what its ranks compute in one micro-batch), or
-  when nothing more will come. What arrives meanwhile makes its next call larger, up to the budget.
+- **A scorer starts when there is a full call's worth of one engine's tokens** (`Scorer.budget`: what its ranks compute in one
+  micro-batch), or when that engine has ended. A call holds answers of one engine, in the order in which it gave them: what is computed
+  together does not depend on who was faster, so a resumed run computes the same bits. (Only where more is asked than the engines
+  hold at once does their speed decide who writes what, and the last bits with it.)
 - **A scorer has at most two calls**: one at work, one waiting with its arguments there. A scorer that shares its devices with another
-  role has one, at the end.
+  role is woken once, for everything.
 """
 
-import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,24 +62,35 @@ class _Engine:
 
 
 class _Scoring:
-    """One scorer's queue."""
+    """One scorer's queues, one for each engine."""
 
-    def __init__(self, name: str, scorer: Scorer) -> None:
+    def __init__(self, name: str, scorer: Scorer, engines: int) -> None:
         self.name, self.scorer = name, scorer
-        self.waiting: deque[tuple[ObjectRef, int]] = deque()
+        self.waiting: list[deque[tuple[ObjectRef, int]]] = [deque() for _ in range(engines)]
         self.calls: list[dict[str, ObjectRef]] = []  # rank -> reference, of each call under way
 
-    def start(self, more_to_come: bool) -> dict[ObjectRef, str]:
-        """Start a call if it is time; its references."""
-        tokens = sum(size for _, size in self.waiting)
-        # A group that shares its devices is woken once, for everything.
-        budget = self.scorer.budget if self.scorer.group.turns is None else math.inf
-        if not self.waiting or len(self.calls) == 2 or (more_to_come and tokens < budget):
+    def start(self, writing: Container[int]) -> dict[ObjectRef, str]:
+        """Start calls, as far as it is time for them; their references. `writing`: the engines that have not ended."""
+        started: dict[ObjectRef, str] = {}
+        for rank, queue in enumerate(self.waiting):
+            while queue and len(self.calls) < 2 and (rank not in writing or sum(size for _, size in queue) >= self.scorer.budget):
+                mine = [queue.popleft()]
+                while queue and sum(size for _, size in mine) + queue[0][1] <= self.scorer.budget:
+                    mine.append(queue.popleft())
+                started |= self._call([ref for ref, _ in mine])
+        return started
+
+    def start_once(self, writing: Sequence[int]) -> dict[ObjectRef, str]:
+        """One call for everything, when everything is there."""
+        everything = [ref for queue in self.waiting for ref, _ in queue]
+        if writing or not everything:
             return {}
-        mine = [self.waiting.popleft()]
-        while self.waiting and sum(size for _, size in mine) + self.waiting[0][1] <= budget:
-            mine.append(self.waiting.popleft())
-        call = self.scorer.group.start(self.scorer.method, *(ref for ref, _ in mine))
+        for queue in self.waiting:
+            queue.clear()
+        return self._call(everything)
+
+    def _call(self, rollouts: list[ObjectRef]) -> dict[ObjectRef, str]:
+        call = self.scorer.group.start(self.scorer.method, *rollouts)
         self.calls.append(call)
         return {ref: rank for rank, ref in call.items()}
 
@@ -103,13 +115,14 @@ def stream(engines: Group, wanted: Sequence[Wanted], sampling: Sampling, scorers
     for worker, mine in zip(workers, first, strict=True):
         if mine:
             worker.answers = engines.read(worker.rank, "stream", mine, sampling, not queue)
-    scoring = [_Scoring(name, scorer) for name, scorer in scorers.items()]
+    scoring = [_Scoring(name, scorer, len(workers)) for name, scorer in scorers.items()]
     names: dict[ObjectRef, tuple[str, _Scoring]] = {}
 
-    while any(w.answers is not None for w in workers) or names or any(s.waiting for s in scoring):
+    while any(w.answers is not None for w in workers) or names or any(any(of.waiting) for of in scoring):
         writing = {w.answers: w for w in workers if w.answers is not None}
         for of in scoring:
-            started = of.start(more_to_come=bool(writing))
+            still = [worker.rank for worker in writing.values()]
+            started = of.start(still) if of.scorer.group.turns is None else of.start_once(still)
             names |= {ref: (rank, of) for ref, rank in started.items()}
             flow.scores[of.name] += started
         open_ends = [*writing, *names]
@@ -123,7 +136,7 @@ def stream(engines: Group, wanted: Sequence[Wanted], sampling: Sampling, scorers
                 piece = _next(writing[event], flow, what)
                 if piece is not None:
                     for of in scoring:
-                        of.waiting.append((flow.rollouts[-1], piece.tokens))
+                        of.waiting[writing[event].rank].append((flow.rollouts[-1], piece.tokens))
                     _top_up(workers, queue, sampling)
                 continue
             rank, of = names.pop(event)
@@ -141,7 +154,7 @@ def _next(worker: _Engine, flow: Flow, what: str) -> Piece | None:
         if worker.rollout is not None:  # not a piece but what ended the engine's stream
             _get(worker.rollout, worker.name, what)
         if worker.samples:
-            raise ClusterError(f"{what}: {worker.name} ended and left {worker.samples} answers out")
+            raise ClusterError(f"{what}: {worker.name} ended and left {worker.samples} answers out") from None
         return None
     if worker.rollout is None:
         worker.rollout = ref
