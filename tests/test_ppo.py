@@ -122,6 +122,7 @@ def test_engine_and_policy_agree_after_a_sync(graph, recipe):
     found = gate(graph, recipe, PROMPTS, 0)
     assert found["sync/log_prob_gap"] < 1e-5
     assert found["sync/resyncs"] == 0
+    assert gate(graph, recipe, PROMPTS[:1], 0)["sync/log_prob_gap"] < 1e-5, "one prompt serves for all probes"
     assert rollout_of(graph, recipe).version == "step-0"
 
 
