@@ -31,7 +31,7 @@ from rlhf.monitoring import say
 from rlhf.recipe import Recipe
 from rlhf.weight_sender import BROADCASTS
 
-PROBES, PROBE_TOKENS = 4, 8  # what every engine writes after each sync
+PROBES, PROBE_TOKENS = 4, 8  # what every engine writes after each sync, at least
 NAMED = 8  # tensors that an error lists
 
 
@@ -133,7 +133,9 @@ def gate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int) -> dict[str,
 
 def gaps(graph: Graph, recipe: Recipe, prompts: Prompts) -> tuple[dict[str, float], str]:
     """Largest difference in nats by engine, and the version of their weights. One call to each engine and one to the policy."""
-    prompts, seconds, n = prompts[:PROBES], recipe.cluster.deadline_s, len(prompts[:PROBES])
+    seconds = recipe.cluster.deadline_s
+    n = max(PROBES, len(graph["policy"].actors))  # every rank of a sharded policy needs a sample to take part with
+    prompts = [prompts[i % len(prompts)] for i in range(n)]
     seeds = [sample_seed(recipe.seed, -1 - i) for i in range(n)]
     answers = {}
     for rank, engine in enumerate(graph["rollout"].actors):

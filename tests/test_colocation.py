@@ -51,7 +51,7 @@ def answers_of(recipe: Recipe, model: Path, tokenizer, checkpoints: Path) -> tup
         loading = graph["policy"].start("load", 10, checkpoints) | graph["reference"].start("load")
         wait(loading | graph["rollout"].start("ready"), 240, "load")
         sync_weights(graph, recipe, "step-0")
-        gaps = [gate(graph, recipe, PROMPTS, 0)]
+        gaps = [gate(graph, recipe, PROMPTS, 0)["sync/log_prob_gap"]]
         rollouts = generate(graph, recipe, PROMPTS, 0)
         scores = graph["policy"].start("log_probs", *rollouts) | graph["reference"].start("log_probs", *rollouts)
         found = wait(scores, 120, "scores")

@@ -13,7 +13,7 @@ import torch
 import rlhf.sync
 from cluster.deadlines import wait
 from cluster.errors import ClusterError
-from cluster.groups import Group
+from cluster.groups import Group, begin
 from cluster.placement import Demand, place
 from data import tokenizers
 from rlhf import buckets
@@ -122,6 +122,7 @@ def test_engine_and_policy_agree_after_a_sync(graph, recipe):
     found = gate(graph, recipe, PROMPTS, 0)
     assert found["sync/log_prob_gap"] < 1e-5
     assert found["sync/resyncs"] == 0
+    assert gate(graph, recipe, PROMPTS[:1], 0)["sync/log_prob_gap"] < 1e-5, "one prompt serves for all probes"
     assert rollout_of(graph, recipe).version == "step-0"
 
 
@@ -207,10 +208,11 @@ def test_many_buckets_and_a_broadcast_give_the_same_weights(graph, recipe, model
     of_two = recipe.model_copy(update={"ppo": recipe.ppo.model_copy(update={"weight_sync": "gloo"})})
     worker, args = engines(of_two, model, tokenizer)
     demand = Demand(2, cpus=0.25, gpus=0)
-    placement = place({"two-engines": demand}, 30)["two-engines"]
-    group = Group("rollout", worker, demand, placement, args=args, threads=1, env=ENGINE_ENV | CPU_ENV)
+    room = place({"two-engines": demand}, 30)["two-engines"]
+    group = Group("rollout", worker, demand, room, args=args, threads=1, env=ENGINE_ENV | CPU_ENV)
     both = {"policy": graph["policy"], "rollout": group}
     try:
+        begin([group], 300)
         wait(group.start("ready"), 300, "load")
         for version in ("step-1", "step-2"):  # the group is made once
             sync_weights(both, of_two, version)
