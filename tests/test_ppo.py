@@ -13,7 +13,8 @@ import torch
 import rlhf.sync
 from cluster.deadlines import wait
 from cluster.errors import ClusterError
-from cluster.groups import Group, begin
+from cluster.groups import Group
+from cluster.groups import begin as begin_groups
 from cluster.placement import Demand, place
 from data import tokenizers
 from rlhf import buckets
@@ -212,7 +213,7 @@ def test_many_buckets_and_a_broadcast_give_the_same_weights(graph, recipe, model
     group = Group("rollout", worker, demand, room, args=args, threads=1, env=ENGINE_ENV | CPU_ENV)
     both = {"policy": graph["policy"], "rollout": group}
     try:
-        begin([group], 300)
+        begin_groups([group], 300)
         wait(group.start("ready"), 300, "load")
         for version in ("step-1", "step-2"):  # the group is made once
             sync_weights(both, of_two, version)
