@@ -42,6 +42,7 @@ peers: .venv-peers/.ready
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet torch==2.13.0
 	.venv-peers/bin/pip install --quiet -r $<
+	.venv-peers/bin/pip install --quiet --no-deps --target .venv-peers/trl-1.12 trl==1.12.0
 	touch $@
 
 clean:

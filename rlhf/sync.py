@@ -94,7 +94,7 @@ def link_to(graph: Graph, recipe: Recipe, source: str) -> Link:
         host, port = wait({first: sender.actors[0].address.remote(recipe.cluster.ports)}, seconds, "weight sync: find a port")[first]
     world = 1 + len(rollout.actors)
     joining = sender.start("open_transport", transport, host, port, world, seconds)
-    for rank, engine in enumerate(rollout.actors):
+    for rank in range(len(rollout.actors)):
         init_info = {
             "object_store": {},
             "gloo": {"host": host, "port": port, "rank": 1 + rank, "world": world, "seconds": seconds},
@@ -105,7 +105,7 @@ def link_to(graph: Graph, recipe: Recipe, source: str) -> Link:
             },
             "ipc": {"packed": True},
         }[transport]
-        joining[f"rollout[{rank}]"] = engine.open_transport.remote(init_info)
+        joining[f"rollout[{rank}]"] = rollout.ask(rank, "open_transport", init_info)
     wait(joining, seconds, f"weight sync: open {transport}")
     _links[sender] = _links[rollout] = link = Link(members, transport, dtype, buckets)
     return link
@@ -138,9 +138,9 @@ def gaps(graph: Graph, recipe: Recipe, prompts: Prompts) -> tuple[dict[str, floa
     prompts = [prompts[i % len(prompts)] for i in range(n)]
     seeds = [sample_seed(recipe.seed, -1 - i) for i in range(n)]
     answers = {}
-    for rank, engine in enumerate(graph["rollout"].actors):
-        index = range(rank * n, rank * n + n)
-        answers[f"rollout[{rank}]"] = engine.generate.remote(index, prompts, seeds, PROBE_TOKENS, recipe.ppo.temperature)
+    for rank in range(len(graph["rollout"].actors)):
+        index, sampling = range(rank * n, rank * n + n), (PROBE_TOKENS, recipe.ppo.temperature)
+        answers[f"rollout[{rank}]"] = graph["rollout"].ask(rank, "generate", index, prompts, seeds, *sampling)
     written = wait(answers, seconds, "gate")
     checked = wait(graph["policy"].start("log_probs", *answers.values()), seconds, "gate")
     rollout = merge(list(written.values()))
@@ -152,9 +152,10 @@ def gaps(graph: Graph, recipe: Recipe, prompts: Prompts) -> tuple[dict[str, floa
 def differences(graph: Graph, recipe: Recipe, engine: str) -> str:
     """A sentence on which weights of `engine` are not the policy's."""
     link, seconds = _links[graph["rollout"]], recipe.cluster.deadline_s
-    actor = {f"rollout[{rank}]": actor for rank, actor in enumerate(graph["rollout"].actors)}[engine]
     ours = wait(graph["policy"].start("fingerprints", link.dtype), seconds, "compare weights")["policy[0]"]
-    theirs = wait({engine: actor.fingerprints.remote([spec for spec, _ in ours])}, seconds, "compare weights")[engine]
+    rank = int(engine.removeprefix("rollout[").removesuffix("]"))
+    asked = graph["rollout"].ask(rank, "fingerprints", [spec for spec, _ in ours])
+    theirs = wait({engine: asked}, seconds, "compare weights")[engine]
     names = differing({spec.name: mine for spec, mine in ours}, theirs)
     unseen = len(ours) - len(theirs)
     hidden = f"; {unseen} of {len(ours)} tensors could not be compared" if unseen else ""
