@@ -125,7 +125,8 @@ def scorers(graph: Graph, config: Ppo) -> dict[str, Scorer]:
 
 
 def scorer(group: Group, method: str, config: Ppo) -> Scorer:
-    return Scorer(group, method, config.micro_batch * group.demand.workers)
+    # Many ranks score a few thousand tokens each at a time: full micro-batches for all of them would come when the rollout is over.
+    return Scorer(group, method, config.micro_batch * max(1, group.demand.workers // 4))
 
 
 def learners(graph: Graph) -> list[str]:
