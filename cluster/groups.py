@@ -177,7 +177,8 @@ def begin(groups: Sequence[Group], seconds: float) -> None:
     seats: dict[str, Seat] = wait(standing, seconds, "start the actors")
     starting = {}
     for group in groups:
-        bundles = [seats[name] for name in standing if name.startswith(f"{group.room.host}[")]
+        host = group.room.host if any(other.name == group.room.host for other in groups) else group.name
+        bundles = [seats[name] for name in standing if name.startswith(f"{host}[")]
         order = sorted(range(len(bundles)), key=lambda i: (bundles[i], i))
         n, seated = group.room.per_bundle, group.actors
         group.actors = [seated[bundle * n + i] for bundle in order for i in range(n)]
