@@ -29,6 +29,7 @@ from cluster.placement import Demand, Room
 from cluster.ports import free_port
 
 Span = tuple[str, float, float]  # what an actor did, from when to when (seconds since 1970, by its node's clock)
+BESIDE = "beside"
 Seat = tuple[bytes, str, list[tuple[int, str]]]  # address and id of an actor's node, and the GPUs that Ray gave it there
 
 
@@ -87,21 +88,21 @@ class Group:
         args: tuple[Any, ...],
         threads: int,
         env: Mapping[str, str] | None = None,
-        at_once: int = 1,
+        beside: bool = False,
     ) -> None:
         """Start `demand.workers` actors; `begin` constructs each as worker(rank, world, threads, *args).
 
-        at_once: calls that one actor carries out side by side, each in a thread. Only for groups that share no devices.
+        beside: actors also have a thread for calls that ask for the concurrency group BESIDE: those do not queue behind the others, which
+        keep their order.
         """
         self.name, self.demand, self.room, self.args, self.threads = name, demand, room, args, threads
         self.turns: Turns | None = None
         self.before: dict[int, list[ObjectRef]] = {}  # rank that is still asleep -> what it has to wait for
-        actor = ray.remote(_seated(worker))
+        actor = ray.remote(concurrency_groups={BESIDE: 1})(_seated(worker)) if beside else ray.remote(_seated(worker))
         self.actors = [
             actor.options(  # type: ignore[attr-defined]
                 num_cpus=room.cpus,
                 num_gpus=room.gpus,
-                max_concurrency=at_once,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(room.group, placement_group_bundle_index=seat // room.per_bundle),
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads), **(env or {})}},
             ).remote()

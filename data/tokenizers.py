@@ -201,7 +201,8 @@ class ModelTokenizer(Tokenizer):
         """
         hf = HFTokenizer.from_str(self.files["tokenizer.json"].decode())
         known = hf.get_vocab(with_added_tokens=True)
-        new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
+        # A byte-level vocabulary spells " di" otherwise: what counts is whether one token says it.
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in known and len(self.encode(piece)) != 1]
         hf.add_tokens([AddedToken(piece, normalized=False) for piece in new])
         longer = ModelTokenizer({**self.files, "tokenizer.json": hf.to_str(pretty=True).encode()}, "the extended tokenizer")
         lost = [piece for piece in new if longer.decode(longer.encode(piece)) != piece]

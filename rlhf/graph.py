@@ -66,7 +66,7 @@ def open_graph(recipe: Recipe, roles: Mapping[str, Role]) -> Iterator[Graph]:
                 args=args,
                 threads=getattr(recipe.ppo.groups, name).threads,
                 # An engine takes further prompts while it writes; where it shares its devices it is given all at once, and calls queue.
-                at_once=2 if name == "rollout" and not shares_devices(recipe, name) else 1,
+                beside=name == "rollout" and not shares_devices(recipe, name),
                 env=engine_env(on_gpu=asked[name].gpus > 0) if name == "rollout" else None,
             )
         begin(list(graph.values()), recipe.cluster.deadline_s)

@@ -27,7 +27,7 @@ from ray.exceptions import RayActorError
 
 from cluster.deadlines import died
 from cluster.errors import ClusterError
-from cluster.groups import Group
+from cluster.groups import BESIDE, Group
 from rlhf.sampling import Piece, Sampling, Wanted
 
 IN_FLIGHT = 320  # samples an engine is given at once: the 256 that vLLM works at, and the next ones
@@ -189,7 +189,7 @@ def _top_up(workers: list[_Engine], queue: deque[Wanted], sampling: Sampling) ->
     more = _deal(workers, queue, sampling)
     for worker, mine in zip(workers, more, strict=True):
         if worker.answers is not None and (mine or not queue):
-            worker.actor.more.remote(mine, not queue)
+            worker.actor.more.options(concurrency_group=BESIDE).remote(mine, not queue)
 
 
 def _get(ref: ObjectRef, who: str, what: str) -> Any:

@@ -91,6 +91,6 @@ def test_auto_takes_what_the_hardware_has(policy: float, rollout: float, nodes: 
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
     sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
-    groups = {"policy": {"gpus": policy}, "rollout": {"gpus": rollout}}
+    groups = {"policy": {"gpus": policy}, "rollout": {"gpus": rollout, "tensor_parallel": max(1, int(rollout))}}
     assert transport(Recipe(name="test", data=sources, ppo={"groups": groups})) == chosen
     assert transport(Recipe(name="test", data=sources, ppo={"groups": groups, "weight_sync": "gloo"})) == "gloo"

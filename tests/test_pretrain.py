@@ -30,8 +30,9 @@ def shards_of(folder: Path, documents: list[list[int]]) -> TokenShards:
 class Uniform(torch.nn.Module):
     """Gives each of 256 tokens the same probability: 8 bits per token, in whatever window."""
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return torch.full((len(batch.rows),), -math.log(256))
+    def forward(self, batch: Batch, summed: bool = False) -> torch.Tensor:
+        log_probs = torch.full((len(batch.rows),), -math.log(256))
+        return -(log_probs * batch.weights).sum() if summed else log_probs
 
 
 @given(PREDICTABLE, st.integers(2, 60))

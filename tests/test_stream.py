@@ -24,9 +24,9 @@ class Groups:
     def __init__(self) -> None:
         self.open: list[Group] = []
 
-    def __call__(self, name: str, worker: type[Worker], workers: int, *args: object, at_once: int = 2) -> Group:
+    def __call__(self, name: str, worker: type[Worker], workers: int, *args: object) -> Group:
         demand = Demand(workers, 0.01, 0)
-        group = Group(name, worker, demand, place({name: demand}, 60)[name], args=args, threads=1, at_once=at_once)
+        group = Group(name, worker, demand, place({name: demand}, 60)[name], args=args, threads=1, beside=True)
         self.open.append(group)
         begin([group], 120)
         return group
@@ -48,7 +48,7 @@ def asked(lengths: Sequence[Sequence[int]]) -> list[Wanted]:
 def test_every_sample_is_answered_and_scored_once_by_every_scorer(groups: Groups) -> None:
     lengths = [[5 + i % 7, 3] for i in range(60)]
     engines = groups("rollout", SleepingEngine, 3)
-    scorers = {name: Scorer(groups(name, SleepingScorer, ranks, at_once=1), "scores", 200) for name, ranks in (("a", 1), ("b", 2))}
+    scorers = {name: Scorer(groups(name, SleepingScorer, ranks), "scores", 200) for name, ranks in (("a", 1), ("b", 2))}
     flow = stream(engines, asked(lengths), Sampling(20, 1.0, 10), scorers, seconds=30, what="step 0")
     whole = merge(ray.get(flow.rollouts))
     assert whole.index.tolist() == list(range(120))
@@ -63,7 +63,7 @@ def test_every_sample_is_answered_and_scored_once_by_every_scorer(groups: Groups
 def test_a_long_answer_holds_nobody(groups: Groups) -> None:
     """While one answer of 3 seconds is being written, the others are there and scored."""
     engines = groups("rollout", SleepingEngine, 2)
-    scorer = groups("reward", SleepingScorer, 1, at_once=1)
+    scorer = groups("reward", SleepingScorer, 1)
     began = time.time()
     stream(engines, asked([[3000]] + [[10]] * 40), Sampling(20, 1.0, 10), {"rewards": Scorer(scorer, "scores", 100)}, seconds=30, what="")
     first_scored = min(start for what, start, _ in ray.get(scorer.actors[0].work_done.remote()) if what == "scores")
