@@ -8,6 +8,7 @@ from ray import ObjectRef
 from cluster.deadlines import wait
 from rlhf.graph import Graph, Prompts
 from rlhf.recipe import Recipe
+from rlhf.sampling import sample_seed
 
 
 def generate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, each: int = 1, temperature: float | None = None) -> list[ObjectRef]:
@@ -26,8 +27,3 @@ def generate(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, each: in
         rollouts[f"rollout[{rank}]"] = engines.ask(rank, "generate", index, mine, seeds, config.max_response_tokens, heat)
     wait(rollouts, recipe.cluster.deadline_s, f"step {step}: rollout")
     return list(rollouts.values())
-
-
-def sample_seed(seed: int, number: int) -> int:
-    """The sampling seed of the run's sample `number`; runs with neighbouring seeds share none."""
-    return (seed * 1_000_000_007 + number) % 2**31

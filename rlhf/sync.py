@@ -25,10 +25,10 @@ from rlhf.buckets import Spec, plan, size
 from rlhf.errors import TrainingError
 from rlhf.experience import align, merge
 from rlhf.fingerprints import differing
-from rlhf.generation import sample_seed
 from rlhf.graph import Graph, Prompts
 from rlhf.monitoring import say
 from rlhf.recipe import Recipe
+from rlhf.sampling import sample_seed
 from rlhf.weight_sender import BROADCASTS
 
 PROBES, PROBE_TOKENS = 4, 8  # what every engine writes after each sync, at least

@@ -21,13 +21,14 @@ from rlhf import buckets
 from rlhf.buckets import Spec, unpack
 from rlhf.errors import TrainingError
 from rlhf.experience import merge, responses
-from rlhf.generation import generate, sample_seed
+from rlhf.generation import generate
 from rlhf.graph import engines, open_graph
 from rlhf.models import new_causal_lm, save_model
 from rlhf.ppo import running_after
 from rlhf.recipe import Model, Ppo, Recipe
 from rlhf.roles import PolicyWorker
 from rlhf.rollout import CPU_ENV, ENGINE_ENV
+from rlhf.sampling import sample_seed
 from rlhf.shaping import after, begin
 from rlhf.sync import differences, gate, refuse_gap, sync_weights
 
