@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-from benchmarks.training import PEERS, ROOT
+from benchmarks import ROOT
+from benchmarks.training import PEERS
 from data.packing import pack
 from data.tokenizers import train as train_tokenizer
 from rlhf import preference, reward

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.training import PEERS, ROOT, THREADS, dialogue_pairs, write_lines
+from benchmarks import ROOT, add_corpora
+from benchmarks.training import PEERS, THREADS, dialogue_pairs, write_lines
 from cluster.hardware import hardware, use_threads
 from data.packing import Sample, pack
 from data.tokenizers import load as load_tokenizer
@@ -98,7 +99,7 @@ def judged(model: Path, folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="a causal LM directory")
-    parser.add_argument("--corpora", type=Path, required=True)
+    add_corpora(parser)
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)

@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.training import PEERS, ROOT
+from benchmarks import ROOT, add_corpora
+from benchmarks.training import PEERS
 
 # Run by .venv-peers, which has gguf: the state dict goes into a fresh model, for the one that was read stays tied to its file.
 CONVERT = """
@@ -50,7 +51,7 @@ def fetched(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpora", type=Path, required=True)
+    add_corpora(parser)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--problems", type=int, default=160)
     asked = parser.parse_args()

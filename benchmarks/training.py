@@ -31,9 +31,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks import ROOT, add_corpora
 from data.tokenizers import Tokenizer, train
 
-ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 THREADS = 2
 STEPS = {"pretrain": 14, "pretrain, eager": 14, "sft": 10, "reward": 14, "memory": 4}
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", choices=["all", "hf", "loop", "trl"], default="all")
     parser.add_argument("--work", choices=[c.work for c in CONTESTS], action="append", help="default: all")
-    parser.add_argument("--corpora", type=Path, required=True)
+    add_corpora(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
