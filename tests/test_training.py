@@ -15,13 +15,15 @@ import torch.distributed as dist
 from tiny import causal_lm
 
 from cluster.training import Report
+from data.examples import prepare_chat, prepare_preferences
 from data.order import batch_indices
 from data.packing import Sample
 from data.tokenizers import train as train_tokenizer
+from rlhf import reward, sft
 from rlhf.errors import NotFinite, TrainingError
 from rlhf.health import LEAST
 from rlhf.losses import cross_entropy
-from rlhf.models import Batch, LanguageModel
+from rlhf.models import Batch, LanguageModel, save_model
 from rlhf.recipe import Recipe
 from rlhf.training import WORTH_COMPILING, Task, Units, pays_to_compile, worker
 
@@ -141,6 +143,76 @@ def test_deterministic_kernels_serve_a_whole_stage(tmp_path: Path, monkeypatch: 
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         curves.append([json.loads(line)["pretrain/loss"] for line in lines])
     assert curves[0] == curves[1]
+
+
+class CutOff(BaseException):
+    """The process is gone: nothing in the loop may handle it."""
+
+
+@pytest.fixture(scope="module")
+def parents(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What sft and reward start from: data of their own, and a model in both places where they look for one."""
+    folder = tmp_path_factory.mktemp("parents")
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog " * 20], 270)
+    tokenizer.save(folder / "data" / "tokenizer")
+    words = ("quick", "brown", "lazy", "fox", "over", "dog")
+    rows = [
+        {"messages": [{"role": "user", "content": f"the {a} {b}"}, {"role": "assistant", "content": f"{b} {a}"}]}
+        for a in words
+        for b in words
+    ]
+    pairs = [{"messages": row["messages"][:1], "ranked": ["the dog", "a fox", "over"]} for row in rows]
+    limits = {"max_tokens": 64, "validation_fraction": 0.2, "max_broken_fraction": 0.0}
+    for name, lines, prepare in (("sft", rows, prepare_chat), ("preferences", pairs, prepare_preferences)):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        prepare([path], tokenizer, folder / "data" / name, **limits)
+    model = causal_lm(vocab_size=tokenizer.vocab_size)
+    for stage in ("pretrain", "sft"):
+        save_model(model, model.state_dict(), tokenizer, folder / stage / "model")
+    return {stage: folder / stage for stage in ("data", "pretrain", "sft")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "task", "keys"),
+    [
+        ("sft", sft.task, {}),
+        ("sft", sft.task, {"adapter": {"method": "lora", "dropout": 0.2}, "neftune_alpha": 5}),
+        ("reward", reward.task, {"heads": 3, "center_coef": 0.01}),
+    ],
+    ids=["sft", "lora", "reward"],
+)
+def test_a_stage_cut_off_after_any_step_ends_with_the_same_bytes(
+    parents: dict[str, Path], tmp_path: Path, stage: str, task: Any, keys: dict[str, Any]
+) -> None:
+    """Dropout, noise and resampling included: all of them are functions of the step."""
+    settings = {"epochs": 0.5, "global_batch": 3, "checkpoint_every": 2, "validate_every": 2, "learning_rate": 1e-3, "max_tokens": 64}
+    recipe = RECIPE | {stage: settings | keys}
+
+    def run_until(out: Path, last: int) -> None:
+        def report(values: dict[str, Any]) -> None:
+            if values.get("step") == last:
+                raise CutOff
+
+        out.mkdir(exist_ok=True)
+        config = {"stage": stage, "task": task, "recipe": recipe, "inputs": parents, "out": str(out)}
+        worker(config, report)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_until(whole, last=-1)
+    for step in (1, 3, 4):
+        with pytest.raises(CutOff):
+            run_until(cut, last=step)
+        assert not (cut / "model").exists()
+    run_until(cut, last=-1)
+
+    def losses(out: Path) -> list[tuple[int, float]]:
+        rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        return [(row["step"], row[f"{stage}/loss"]) for row in rows]
+
+    assert losses(cut) == losses(whole)
+    assert len(losses(whole)) >= 5
+    assert (cut / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
 
 
 def test_only_long_stages_are_compiled() -> None:
