@@ -64,6 +64,14 @@ def local_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def object_store_bytes() -> int:
+    """Bytes of objects in the shared memory of all nodes."""
+    import ray
+
+    name = "object_store_memory"
+    return int(ray.cluster_resources().get(name, 0) - ray.available_resources().get(name, 0))
+
+
 def quiet() -> None:
     """Ray's progress messages would break the live line; its warnings and errors still come through, but for two that
     are announcements (tokens are on, as they should be; progress bars are off, as we asked)."""

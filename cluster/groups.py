@@ -24,7 +24,7 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.deadlines import wait
-from cluster.hardware import hardware, use_threads
+from cluster.hardware import hardware, memory_held, use_threads
 from cluster.placement import Demand, Room
 from cluster.ports import free_port
 
@@ -61,6 +61,10 @@ class Worker:
         """The spans since the last time this was asked."""
         found, self.spans = self.spans, []
         return found
+
+    def memory_held(self) -> int:
+        """Bytes."""
+        return memory_held()
 
     def address(self, ports: tuple[int, int]) -> tuple[str, int]:
         """Host and a free port of this worker's node, for the others to meet at."""

@@ -6,9 +6,11 @@ hw = hardware()                     # Hardware(device=cuda:0, dtype=bfloat16, ba
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
+import psutil
 import torch
 
 
@@ -43,6 +45,18 @@ def use_deterministic_kernels() -> None:
     """From here on torch computes the same bits from the same numbers, or raises where it has no such kernel. To be called before CUDA."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS chooses among workspaces otherwise
     torch.use_deterministic_algorithms(True)
+
+
+def memory_held() -> int:
+    """Bytes that this process and those below it keep for themselves: resident ones without what others map too (libraries, the object
+    store), and what torch holds on the GPU."""
+    here = psutil.Process()
+    total = 0
+    for process in (here, *here.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            found = process.memory_info()
+            total += found.rss - found.shared
+    return total + (torch.cuda.memory_reserved() if hardware().is_gpu else 0)
 
 
 # Dense bf16 by the makers' sheets, FLOP/s; a GPU that is not here is measured, like a CPU.

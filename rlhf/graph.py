@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ray import ObjectRef
+
 from cluster.groups import Group, Worker, begin
 from cluster.placement import Demand, check, place
 from data.tokenizers import Tokenizer
@@ -43,6 +45,11 @@ def engines(recipe: Recipe, model: Path, tokenizer: Tokenizer) -> Role:
 
 def shares_devices(recipe: Recipe, role: str) -> bool:
     return any(role in names for names in recipe.ppo.colocate)
+
+
+def ask_all(graph: Graph, method: str) -> dict[str, ObjectRef]:
+    """Call `method` of every actor, whether it is awake or not: for what needs no device and is no work of the role."""
+    return {f"{group.name}[{rank}]": getattr(actor, method).remote() for group in graph.values() for rank, actor in enumerate(group.actors)}
 
 
 @contextmanager

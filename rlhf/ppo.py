@@ -10,6 +10,7 @@ references to what the roles made and a few numbers; tensors go from role to rol
 
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from ray import ObjectRef
 
 from cluster import checkpoints
+from cluster.connect import object_store_bytes
 from cluster.deadlines import wait
 from cluster.groups import Group
 from data.examples import Examples
@@ -25,7 +27,7 @@ from data.order import batch_indices
 from data.tokenizers import load as load_tokenizer
 from rlhf import timeline
 from rlhf.errors import TrainingError
-from rlhf.graph import Graph, Prompts, Role, engines, open_graph
+from rlhf.graph import Graph, Prompts, Role, ask_all, engines, open_graph
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Ppo, Recipe
 from rlhf.roles import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
@@ -96,7 +98,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             batch = [prompts[int(i)]["prompt"].tolist() for i in ids]
             began = time.time()
             metrics = ppo_step(graph, recipe, batch, step, running)
-            metrics |= who_waited(graph, recipe, out, began, step + 1)
+            metrics |= who_waited(graph, recipe, out, began, step + 1) | who_holds(graph, recipe)
             running = after(running, metrics["kl"], metrics["reward"], metrics["reward_sd"], config)
             done = step + 1
             monitor.log(done, metrics)
@@ -114,6 +116,14 @@ def who_waited(graph: Graph, recipe: Recipe, out: Path, began: float, step: int)
     timeline.write_trace(spans, began, ended, out / "timeline", step)
     shares = timeline.idle_shares(spans, began, ended)
     return {f"ppo/idle_share/{role}": share for role, share in shares.items()} | {"seconds": ended - began}
+
+
+def who_holds(graph: Graph, recipe: Recipe) -> dict[str, float]:
+    """GiB that each role's actors hold, and what stands in Ray's object store: flat in a long run, or something leaks."""
+    held = Counter({"object_store": object_store_bytes()})
+    for actor, size in wait(ask_all(graph, "memory_held"), recipe.cluster.deadline_s, "memory").items():
+        held[timeline.role_of(actor)] += size
+    return {f"ppo/memory_gib/{role}": size / 2**30 for role, size in held.items()}
 
 
 def scorers(graph: Graph, config: Ppo) -> dict[str, Scorer]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster.deadlines import wait
 from cluster.groups import Span
-from rlhf.graph import Graph
+from rlhf.graph import Graph, ask_all
 
 Spans = Mapping[str, Sequence[Span]]  # actor -> what it did, ascending
 
@@ -27,8 +27,7 @@ SHORTEST = 1e-3  # seconds; shorter waits are no waits
 
 def collect(graph: Graph, seconds: float) -> dict[str, list[Span]]:
     """What every actor of the graph did since the last call."""
-    asked = {f"{group.name}[{rank}]": actor.work_done.remote() for group in graph.values() for rank, actor in enumerate(group.actors)}
-    return wait(asked, seconds, "timeline")
+    return wait(ask_all(graph, "work_done"), seconds, "timeline")
 
 
 def idle_shares(spans: Spans, began: float, ended: float) -> dict[str, float]:

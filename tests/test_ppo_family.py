@@ -43,9 +43,8 @@ def train(recipe: Recipe, made: dict[str, Path], out: Path) -> list[dict[str, fl
     out.mkdir(exist_ok=True)
     with Monitor("ppo", out) as monitor:
         run(recipe, made, out, monitor)
-    return [
-        {k: v for k, v in row.items() if not k.endswith(("time", "seconds", "mb_per_s")) and "idle_share" not in k} for row in curve(out)
-    ]
+    of_the_machine = ("time", "seconds", "mb_per_s", "idle_share", "memory_gib")
+    return [{k: v for k, v in row.items() if not any(name in k for name in of_the_machine)} for row in curve(out)]
 
 
 def recipe_of(**ppo: object) -> Recipe:
