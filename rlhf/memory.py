@@ -1,21 +1,31 @@
 """Where the memory goes: an estimate by parts, the largest micro-batch that fits, and what to change after an out-of-memory error.
 
-    parts = estimate(learner, loss, batch)              # a small batch tells the activations per token
+    parts = estimate_memory(learner, loss, batch)              # a small batch tells the activations per token
     tokens = largest_micro_batch(parts, available())    # recipe: micro_batch: auto
-    raise TrainingError(help_for(error, parts, tokens_asked, "pretrain"))
+    with explained("pretrain", parts, free, micro_batch, longest, workers, "cluster.workers"):
+        learner.step(...)                               # an out-of-memory error becomes a TrainingError that names parts and cures
+    with engine_explained(path, max_tokens=2048, tensor_parallel=1):
+        LLM(...)                                        # the same for an engine: weights and KV cache
 
 Weights, gradients and optimizer states are counted from the tensors that are there, activations from what autograd keeps for
 a small batch; both are exact for this rank, and the rest is proportion.
 """
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig
 
 from cluster.hardware import hardware
+from rlhf.errors import TrainingError
 from rlhf.learner import Learner, Loss
 from rlhf.models import Batch, rows_at_once
 
@@ -40,7 +50,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.logits
 
 
-def estimate(learner: Learner, loss: Loss, batch: Batch) -> Memory:
+def estimate_memory(learner: Learner, loss: Loss, batch: Batch) -> Memory:
     """By the learner's tensors and what a forward pass of `batch` keeps. All ranks call it."""
     parameters = list(learner.model.parameters())
     weights = sum(_size(p) for p in parameters)
@@ -86,18 +96,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def help_for(stage: str, memory: Memory, free: int, micro_batch: int, longest: int, workers: int) -> str:
+@contextmanager
+def explained(stage: str, memory: Memory, free: int, micro_batch: int, longest: int, workers: int, workers_key: str) -> Iterator[None]:
+    """An out-of-memory error of the block as a TrainingError by `help_for`; others pass."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(help_for(stage, memory, free, micro_batch, longest, workers, workers_key)) from error
+
+
+def help_for(stage: str, memory: Memory, free: int, micro_batch: int, longest: int, workers: int, workers_key: str) -> str:
     """What held the memory, and the changes of the recipe that would fit, cheapest first."""
-    activations = int(memory.per_token * micro_batch)
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "logits": memory.logits,
-        f"activations of {micro_batch:,} tokens": activations,
+        f"activations of {micro_batch:,} tokens": int(memory.per_token * micro_batch),
     }
-    width = max(map(len, parts))
-    table = [f"  {name:<{width}}  {size / GIB:8.2f} GiB" for name, size in sorted(parts.items(), key=lambda part: -part[1])]
     limit = USABLE * free
     changes = []
     smaller = largest_micro_batch(memory, free, longest)
@@ -110,15 +128,46 @@ def help_for(stage: str, memory: Memory, free: int, micro_batch: int, longest: i
     if not changes:
         need = memory.fixed - memory.logits
         more = -(-int(need * workers) // max(1, int(limit - memory.logits - memory.per_token_checkpointed * longest)))
-        changes.append(f"cluster.workers={max(more, workers + 1)}: weights, gradients and optimizer are shared among the workers' devices")
-    return "\n".join(
-        [
-            f"{stage}: out of memory. This worker had {free / GIB:.2f} GiB to fill, and would hold",
-            *table,
-            "What would fit:",
-            *(f"  {change}" for change in changes),
+        changes.append(f"{workers_key}={max(more, workers + 1)}: weights, gradients and optimizer are shared among the workers' devices")
+    return _told(f"{stage}: out of memory. This worker had {free / GIB:.2f} GiB to fill, and would hold", parts, changes)
+
+
+@contextmanager
+def engine_explained(model: Path, max_tokens: int, tensor_parallel: int) -> Iterator[None]:
+    """An engine that finds no room for the weights in `model` or for the KV cache of one sequence, as a TrainingError; others pass."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if not is_out_of_memory(error) and "KV cache" not in str(error) and "cache blocks" not in str(error):
+            raise
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        width = torch.empty((), dtype=hardware().dtype).element_size()
+        heads, size = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        parts = {
+            "weights": _parameters(model) * width // tensor_parallel,
+            f"KV cache of one answer of {max_tokens:,} tokens": 2 * config.num_hidden_layers * heads * size * width * max_tokens,
+        }
+        changes = [
+            "ppo.max_response_tokens or ppo.max_prompt_tokens lower: the KV cache grows with their sum",
+            f"ppo.groups.rollout.tensor_parallel={2 * tensor_parallel}: weights and KV cache are split among as many devices of an engine",
         ]
-    )
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(_told(f"rollout: the engine finds no room ({reason}). It would hold", parts, changes)) from error
+
+
+def _told(first: str, parts: Mapping[str, int], changes: Sequence[str]) -> str:
+    width = max(map(len, parts))
+    table = [f"  {name:<{width}}  {size / GIB:8.2f} GiB" for name, size in sorted(parts.items(), key=lambda part: -part[1])]
+    return "\n".join([first, *table, "What would fit:", *(f"  {change}" for change in changes)])
+
+
+def _parameters(model: Path) -> int:
+    """How many numbers the weights in a directory are."""
+    count = 0
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # no mapping
+    return count
 
 
 def _kept(learner: Learner, loss: Loss, batch: Batch, vocabulary: int) -> int:

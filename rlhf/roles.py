@@ -12,6 +12,7 @@ Who scores which sample is arithmetic, so the ranks need not talk about it.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -25,6 +26,7 @@ from data.packing import Sample, balance, pack, uncounted
 from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples, together
 from rlhf.learner import Learner, Loss, full_weights, shard
 from rlhf.losses import clipped_value, kl, policy_loss
+from rlhf.memory import Memory, available, estimate_memory, explained
 from rlhf.models import Batch, LanguageModel, ScalarModel, load_causal_lm, load_critic, load_reward_model, save_model
 from rlhf.offload import offload, restore
 from rlhf.recipe import OnPolicyDistill, Ppo, Recipe
@@ -127,6 +129,8 @@ class LearningRole(Role):
 
     learner: Learner
     checkpoints: Path
+    group = "policy"
+    memory: tuple[Memory, int] | None = None  # what this rank needs, and what was free before its first step
 
     def held(self) -> tuple[torch.nn.Module, list[torch.optim.Optimizer]] | None:
         return (self.learner.model, self.learner.optimizers) if hasattr(self, "learner") else None
@@ -149,15 +153,25 @@ class LearningRole(Role):
         """`epochs` passes over the units, `size` of them an optimizer step; returns the mean of each metric, and of the first optimizer
         step its `ratio_error`."""
         n, history = len(units), []
+        told = self._memory_told(units, loss, settings)
         for epoch in range(settings.epochs):
             order = sample_index(self.recipe.seed, step * settings.epochs + epoch, np.arange(n), n, "ppo")
             for start in range(0, n, size):
                 mine = [sample for i in order[start : start + size] for sample in units[i]]
                 shares = balance([len(sample.tokens) for sample in mine], self.world, settings.micro_batch)[self.rank]
                 chosen = [[mine[i] for i in share] or [uncounted(mine[0])] for share in shares]
-                history.append(self.learner.step([Batch.of(pack(some), self.device) for some in chosen], loss))
+                with explained(*told):
+                    history.append(self.learner.step([Batch.of(pack(some), self.device) for some in chosen], loss))
         first = {name: history[0][name] for name in ("ratio_error",) if name in history[0]}
         return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]} | first
+
+    def _memory_told(self, units: list[list[Sample]], loss: Loss, settings: Ppo | OnPolicyDistill) -> tuple[Any, ...]:
+        """What `explained` needs to say why memory ran out. Estimated once, before the optimizer has states; all ranks take part."""
+        of_all = sorted((sample for unit in units for sample in unit), key=lambda sample: len(sample.tokens))
+        if self.memory is None:
+            self.memory = estimate_memory(self.learner, loss, Batch.of(pack(of_all[:1]), self.device)), available()
+        stage = "distill" if isinstance(settings, OnPolicyDistill) else "ppo"
+        return stage, *self.memory, settings.micro_batch, len(of_all[-1].tokens), self.world, f"ppo.groups.{self.group}.workers"
 
 
 class PolicyWorker(WeightSender, LearningRole):
@@ -216,6 +230,8 @@ class PolicyWorker(WeightSender, LearningRole):
 
 class CriticWorker(LearningRole):
     """The value model: what reward a state still promises. It starts as the reward model."""
+
+    group = "critic"
 
     def load(self, steps: int, checkpoints: Path) -> None:
         critic = ScalarModel(load_critic(self.path))

@@ -21,6 +21,7 @@ from cluster.hardware import hardware
 from rlhf.buckets import Spec
 from rlhf.experience import Rollout, merge
 from rlhf.fingerprints import Fingerprint
+from rlhf.memory import engine_explained
 from rlhf.sampling import Piece, Sampling, Wanted
 
 # What an engine's process needs before vLLM is imported.
@@ -79,24 +80,25 @@ class EngineWorker(Worker):
         self.stop, self.vocab_size, self.max_tokens, self.transport = list(stop), vocab_size, max_tokens, transport
         self.version = "initial"
         self.inbox: SimpleQueue[tuple[Sequence[Wanted], bool]] = SimpleQueue()
-        self.llm = LLM(
-            str(model),
-            skip_tokenizer_init=True,
-            dtype="bfloat16" if hw.is_gpu else "float32",
-            enforce_eager=not hw.is_gpu,
-            max_model_len=max_tokens,
-            max_num_seqs=256,
-            seed=seed,
-            logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
-            weight_transfer_config={"backend": transport},
-            worker_extension_cls="rlhf.weight_sync.WorkerExtension",
-            disable_log_stats=True,
-            tensor_parallel_size=tensor_parallel,
-            # vLLM's Ray executor would ask Ray for GPUs that this actor holds already, and refuses CPUs: processes of its own.
-            distributed_executor_backend="mp" if tensor_parallel > 1 else None,
-            enable_sleep_mode=shares and hw.is_gpu,
-            gpu_memory_utilization=0.8 if shares else 0.9,  # a sleeping role keeps its CUDA context, about 0.5 GB
-        )
+        with engine_explained(model, max_tokens, tensor_parallel):
+            self.llm = LLM(
+                str(model),
+                skip_tokenizer_init=True,
+                dtype="bfloat16" if hw.is_gpu else "float32",
+                enforce_eager=not hw.is_gpu,
+                max_model_len=max_tokens,
+                max_num_seqs=256,
+                seed=seed,
+                logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
+                weight_transfer_config={"backend": transport},
+                worker_extension_cls="rlhf.weight_sync.WorkerExtension",
+                disable_log_stats=True,
+                tensor_parallel_size=tensor_parallel,
+                # vLLM's Ray executor would ask Ray for GPUs that this actor holds already, and refuses CPUs: processes of its own.
+                distributed_executor_backend="mp" if tensor_parallel > 1 else None,
+                enable_sleep_mode=shares and hw.is_gpu,
+                gpu_memory_utilization=0.8 if shares else 0.9,  # a sleeping role keeps its CUDA context, about 0.5 GB
+            )
 
     def ready(self) -> str:
         """The version of the weights, once the engine stands."""

@@ -29,10 +29,10 @@ from data.packing import Sample, balance, pack, uncounted
 from data.tokenizers import Tokenizer
 from data.tokenizers import load as load_tokenizer
 from rlhf.efficiency import Clock
-from rlhf.errors import NotFinite, TrainingError
+from rlhf.errors import NotFinite
 from rlhf.health import Health
 from rlhf.learner import Learner, Loss, full_weights
-from rlhf.memory import available, estimate, help_for, is_out_of_memory, largest_micro_batch, least_of_all
+from rlhf.memory import available, estimate_memory, explained, largest_micro_batch, least_of_all
 from rlhf.models import Batch, save_model
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe, Training
@@ -131,7 +131,7 @@ def worker(config: dict[str, Any], report: Report) -> None:
     learner = Learner(model, settings, task.steps)
     longest = max(*task.train.lengths, *task.validation.lengths)
     probe = Batch.of(pack(task.train.get(0)), learner.hardware.device)
-    memory, free = estimate(learner, task.loss, probe), available()
+    memory, free = estimate_memory(learner, task.loss, probe), available()
     budget = settings.micro_batch
     if budget == "auto":
         budget = least_of_all(largest_micro_batch(memory, free, longest))
@@ -166,16 +166,13 @@ def worker(config: dict[str, Any], report: Report) -> None:
         clock.data_is_there()
         try:
             torch.manual_seed((recipe.seed * 1_000_003 + step) * 65_536 + rank)  # dropout and noise are the same after a restart
-            metrics = learner.step(mine, task.loss)
+            with explained(config["stage"], memory, free, budget, longest, world, "cluster.workers"):
+                metrics = learner.step(mine, task.loss)
         except NotFinite as error:
             bad = [i for at, k in error.places for i in plan(task.train, ids, world, budget)[at][k]] or ids
             raise NotFinite(
                 f"{error}. In this step: {named(task.train, bad)}. Look at them, or lower learning_rate", error.places
             ) from None
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError(help_for(config["stage"], memory, free, budget, longest, world)) from error
         done = step + 1
         metrics |= clock.stop(sum(task.train.lengths[i] for i in ids), mine)
         if task.order is not None:
