@@ -36,7 +36,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
 from benchmarks import ROOT
-from benchmarks.training import PEERS
+from benchmarks.contest import PEERS
 from data.packing import pack
 from data.tokenizers import train as train_tokenizer
 from rlhf import preference, reward

@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch.distributed as dist
 
+from benchmarks.contest import THREADS
 from benchmarks.reward_model import units_of
-from benchmarks.training import THREADS, WINDOW
+from benchmarks.training import WINDOW
 from cluster.hardware import use_threads
 from data.order import batch_indices
 from data.packing import Sample

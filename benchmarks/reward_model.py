@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from benchmarks import ROOT, add_corpora
-from benchmarks.training import PEERS, THREADS, dialogue_pairs, write_lines
+from benchmarks.contest import PEERS, THREADS
+from benchmarks.training import dialogue_pairs, write_lines
 from cluster.hardware import hardware, use_threads
 from data.packing import Sample, pack
 from data.tokenizers import load as load_tokenizer

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from benchmarks import ROOT, add_corpora
-from benchmarks.training import PEERS
+from benchmarks.contest import PEERS
 
 # Run by .venv-peers, which has gguf: the state dict goes into a fresh model, for the one that was read stays tied to its file.
 CONVERT = """

@@ -6,49 +6,29 @@
 FOLDER holds gsm8k-train.jsonl.gz ({"question", "answer"}) and hh-harmless-pairs.jsonl.gz ({"chosen", "rejected"} dialogues). Rows are
 {"work", "ours", "peer", "theirs", "unit", "ratio"}; a ratio above 1 means that we are faster, or need less memory.
 
-Every figure is the median of `--rounds` processes, which take turns: ours, peer, peer, ours, ... A process trains `STEPS` steps on 2
+Every figure is the median of `--rounds` processes, which take turns: ours, peer, peer, ours, ... A process trains a few steps on 2
 threads in fp32; what counts is the time from the end of the second step to the end of the last but one, with the harness, its
 logging and one checkpoint. Ours is `rlhf.training.worker`, what Ray Train runs on every rank, as the only rank. In "pretrain" our blocks
 are compiled, as `compile: auto` does for every stage of more than ten minutes; compiling itself falls into the first two steps, which
 nobody is charged for. The peers are told to compile too, beside what they do by themselves.
 """
 
-import argparse
 import gzip
 import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
-from benchmarks import ROOT, add_corpora
+from benchmarks import add_corpora
+from benchmarks.contest import Contest, Figures, arguments, middle, rates, run, show
 from data.tokenizers import Tokenizer, train
 
-PEERS = ROOT / ".venv-peers" / "bin" / "python"
-THREADS = 2
-STEPS = {"pretrain": 14, "pretrain, eager": 14, "sft": 10, "reward": 14, "memory": 4}
 TURN = "\n\nAssistant:"
 VOCABULARY, LONGEST_TEXT, LONGEST_PAIR, WINDOW = 8192, 512, 384, 512
-
-
-@dataclass(frozen=True)
-class Contest:
-    """One kind of work, who does it, and what is counted."""
-
-    work: str
-    runners: dict[str, list[str]]  # who -> arguments of its runner
-    unit: str
-
 
 CONTESTS = (
     Contest(
@@ -61,19 +41,22 @@ CONTESTS = (
             "plain torch loop, compiled": ["loop", "compiled"],
         },
         "tokens/s (10.5 M Llama, 8 windows of 512)",
+        steps=14,
     ),
     Contest(
         "pretrain, eager",
         {"ours": ["ours", "eager"], "HF Trainer": ["hf"], "plain torch loop": ["loop"]},
         "tokens/s (10.5 M Llama, 8 windows of 512)",
+        steps=14,
     ),
     Contest(
         "sft",
         {"ours": ["ours"], "TRL packed, 8 rows of 1 x 512": ["trl", "packed"], "TRL defaults, 8 padded rows": ["trl", "padded"]},
         "real tokens/s (GSM8K, at most 512 tokens)",
+        steps=10,
     ),
-    Contest("reward", {"ours": ["ours"], "TRL": ["trl"]}, "pairs/s (hh-harmless, at most 384 tokens, 8 pairs a step)"),
-    Contest("memory", {"ours": ["ours"], "HF Trainer": ["hf"]}, "GiB at most (135 M Llama, 2 windows of 512)"),
+    Contest("reward", {"ours": ["ours"], "TRL": ["trl"]}, "pairs/s (hh-harmless, at most 384 tokens, 8 pairs a step)", steps=14),
+    Contest("memory", {"ours": ["ours"], "HF Trainer": ["hf"]}, "GiB at most (135 M Llama, 2 windows of 512)", steps=4),
 )
 
 
@@ -128,76 +111,30 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def measure(work: str, runner: list[str], folder: Path) -> dict[str, float]:
-    """Run one process to its end: {"rate": units per second, "memory_gib": its peak}."""
-    who, *rest = runner
-    python, module = (sys.executable, "ours") if who == "ours" else (str(PEERS), "peers")
-    # One allocator for all: glibc's, told to keep freed blocks, as our workers are.
-    keep = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
-    env = os.environ | keep | {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryDirectory() as out:
-        command = [python, str(ROOT / "benchmarks" / f"{module}.py"), work, who, str(folder), out, str(STEPS[work]), *rest]
-        done = subprocess.run(command, text=True, capture_output=True, env=env, cwd=ROOT, timeout=900)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+def compare(contest: Contest, found: dict[str, list[Figures]]) -> list[dict[str, Any]]:
+    """A row for each peer, and for eager pretraining one for its memory."""
+    if contest.work not in ("memory", "pretrain, eager"):
+        return rates(contest, found)
+    unit = contest.unit if contest.work == "memory" else "GiB at most (10.5 M Llama, 8 windows of 512)"
+    ours, rows = middle(found, "ours", "memory_gib"), []
+    for peer in (who for who in found if who != "ours"):
+        theirs = middle(found, peer, "memory_gib")
+        rows.append({"work": "memory", "ours": ours, "peer": peer, "theirs": theirs, "unit": unit, "ratio": theirs / ours})
+    return rows if contest.work == "memory" else rates(contest, found) + rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, [contest.work for contest in CONTESTS])
     parser.add_argument("--against", choices=["all", "hf", "loop", "trl"], default="all")
-    parser.add_argument("--work", choices=[c.work for c in CONTESTS], action="append", help="default: all")
     add_corpora(parser)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    if not PEERS.exists():
-        raise SystemExit("`make peers` makes the environment that the peers run in")
-    rows = []
-    with tempfile.TemporaryDirectory() as name, Progress(console=Console(stderr=True)) as progress:
-        folder = Path(name)
-        prepare(asked.corpora, folder)
-        chosen = [c for c in CONTESTS if not asked.work or c.work in asked.work]
-        bar = progress.add_task("", total=sum(len(c.runners) for c in chosen) * asked.rounds)
-        for contest in chosen:
-            runners = {who: how for who, how in contest.runners.items() if who == "ours" or asked.against in ("all", how[0])}
-            found: dict[str, list[dict[str, float]]] = {who: [] for who in runners}
-            for turn in range(asked.rounds):
-                for who in list(runners)[:: 1 if turn % 2 == 0 else -1]:
-                    progress.update(bar, description=f"{contest.work}: {who}")
-                    found[who].append(measure(contest.work, runners[who], folder))
-                    progress.advance(bar)
-            rows += compare(contest, found)
-    table = Table("work", "ours", "peer", "theirs", "unit", "ratio")
-    for row in rows:
-        table.add_row(row["work"], f"{row['ours']:,.2f}", row["peer"], f"{row['theirs']:,.2f}", row["unit"], f"{row['ratio']:.2f}")
-    Console().print(table)
-    if asked.json:
-        asked.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 
+    def against(contest: Contest) -> Contest:
+        kept = {who: how for who, how in contest.runners.items() if who == "ours" or asked.against in ("all", how[0])}
+        return replace(contest, runners=kept)
 
-def compare(contest: Contest, found: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """A row for each peer, and for pretraining one for its memory."""
-
-    def middle(who: str, what: str) -> float:
-        return statistics.median(run[what] for run in found[who])
-
-    rows = []
-    for peer in [who for who in found if who != "ours"]:
-        ours, theirs = ({what: middle(who, what) for what in ("rate", "memory_gib")} for who in ("ours", peer))
-        memory = {"work": "memory", "ours": ours["memory_gib"], "peer": peer, "theirs": theirs["memory_gib"]}
-        memory["ratio"] = theirs["memory_gib"] / ours["memory_gib"]
-        if contest.work == "memory":
-            rows.append(memory | {"unit": contest.unit})
-            continue
-        ratio = ours["rate"] / theirs["rate"]
-        rows.append(
-            {"work": contest.work, "ours": ours["rate"], "peer": peer, "theirs": theirs["rate"], "unit": contest.unit, "ratio": ratio}
-        )
-        if contest.work == "pretrain, eager":
-            rows.append(memory | {"unit": "GiB at most (10.5 M Llama, 8 windows of 512)"})
-    return rows
+    contests = [contest for contest in map(against, CONTESTS) if len(contest.runners) > 1]
+    show(run(contests, asked, partial(prepare, asked.corpora), compare), asked.json)
 
 
 if __name__ == "__main__":

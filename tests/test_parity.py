@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.contest import PEERS
 from benchmarks.loss_parity import CASES, compare, models, ours, rankings
-from benchmarks.training import PEERS
 
 # What TRL 1.16 (torch 2.13, transformers 5.19, CPU, fp32) says of `models()` and `rankings()`: the loss, and the L2 norm of all gradients.
 TRL = {

@@ -1,0 +1,123 @@
+"""TRL's side of `benchmarks.ppo`, run by .venv-peers: one process, one line of JSON. `peers_ppo.py WORK ppo|grpo FOLDER OUT STEPS`
+
+PPOTrainer is of TRL 1.12, which stands in a folder of its own beside the environment; GRPOTrainer of 1.16. Both generate with
+transformers, as they do by themselves; the batches are cut for 2 cores (16 rows at a time).
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES, FIXED, LONGEST, GROUP, ROWS = 64, 64, 192, 8, 16
+TEMPERATURE = 0.7
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
+def timed(trainer: Any) -> list[float]:
+    """When each step ended."""
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+    trainer.add_callback(Steps())
+    trainer.train()
+    return ends
+
+
+def models(folder: Path, policy: str) -> tuple[Any, Any, Any]:
+    """(a way to open the policy, a way to open the reward model, the tokenizer)"""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / policy / "model", padding_side="left")
+
+    def judge() -> Any:
+        found = AutoModelForSequenceClassification.from_pretrained(folder / "reward" / "model", num_labels=1, dtype=torch.float32)
+        found.config.pad_token_id = tokenizer.pad_token_id
+        return found
+
+    return lambda: AutoModelForCausalLM.from_pretrained(folder / policy / "model", dtype=torch.float32), judge, tokenizer
+
+
+def shared(out: Path) -> dict[str, Any]:
+    about = {"output_dir": str(out), "learning_rate": 3e-6, "report_to": [], "bf16": False, "use_cpu": True, "disable_tqdm": True}
+    return about | {"gradient_checkpointing": False, "save_strategy": "no", "optim": "adamw_torch_fused", "logging_steps": 1}
+
+
+def ppo(work: str, folder: Path, out: Path, steps: int) -> list[float]:
+    sys.path.insert(0, str(ROOT / ".venv-peers" / "trl-1.12"))
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    fixed = "fixed" in work
+    policy, judge, tokenizer = models(folder, "fixed" if fixed else "natural")
+    config = PPOConfig(
+        **shared(out),
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=SAMPLES // ROWS,
+        num_mini_batches=1,
+        num_ppo_epochs=4,
+        total_episodes=SAMPLES * steps,
+        response_length=FIXED if fixed else LONGEST,
+        stop_token=None if fixed else "eos",
+        temperature=TEMPERATURE,
+        local_rollout_forward_batch_size=SAMPLES,
+        num_sample_generations=0,
+    )
+    data = Dataset.from_list([{"input_ids": line["ids"]} for line in lines(folder / "short.jsonl")])
+    trainer = PPOTrainer(
+        args=config,
+        processing_class=tokenizer,
+        model=policy(),
+        ref_model=policy(),
+        reward_model=judge(),
+        value_model=judge(),
+        train_dataset=data,
+        eval_dataset=data.select(range(SAMPLES)),
+    )
+    return timed(trainer)
+
+
+def grpo(folder: Path, out: Path, steps: int) -> list[float]:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    policy, judge, tokenizer = models(folder, "fixed")
+    config = GRPOConfig(
+        **shared(out),
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=SAMPLES // ROWS,
+        num_generations=GROUP,
+        max_completion_length=FIXED,
+        temperature=TEMPERATURE,
+        beta=0.04,
+        max_steps=steps,
+    )
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": line["text"]}]} for line in lines(folder / "long.jsonl")])
+    trainer = GRPOTrainer(model=policy(), reward_funcs=judge(), args=config, train_dataset=data, processing_class=tokenizer)
+    return timed(trainer)
+
+
+def main(work: str, who: str, folder: Path, out: Path, steps: int) -> None:
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    ends = ppo(work, folder, out, steps) if who == "ppo" else grpo(folder, out, steps)
+    rate = SAMPLES * (steps - 2) / (ends[-1] - ends[1])
+    print(json.dumps({"rate": rate, "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]))

@@ -1,0 +1,123 @@
+"""A step of PPO and of GRPO beside TRL's, on the same models, prompts, epochs, threads and allocator, in one run.
+
+    make peers                                             # .venv-peers: TRL 1.16, and 1.12, the last one with a PPOTrainer
+    python -m benchmarks.ppo --against trl --json ppo.json
+
+A step writes 64 answers, scores them by policy, reference, reward model and critic (GRPO: no critic), learns, and hands the new weights to
+whoever writes the next ones. Models are the 10.5 M Llama with random weights, but for one feature that never changes, through
+which the end token has the same probability everywhere: 0 in the rows of fixed length, 1/64 in "natural lengths", so that
+answers end after 61 tokens in the mean of 192 allowed ones. Ours is the stage `rlhf.ppo.run` on a local Ray: its groups, a vLLM
+engine, weight sync, gate, curves and timeline included. What counts is the time from the end of the second step to the end of the last.
+
+"critical path" is no contest but `benchmarks/controller.py`: what the controller adds to the work of its roles.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.contest import Contest, arguments, run, show
+
+SAMPLES, FIXED, LONGEST, GROUP = 64, 64, 192, 8
+TEMPERATURE = 0.7
+MEAN = 64  # tokens of an answer that nothing cuts off
+VOCABULARY = 8192
+PROMPTS = {"short": (22, 512), "long": (128, 64)}  # name -> (tokens, how many)
+SCRIPTS = ("ours_ppo.py", "peers_ppo.py")
+CRITICAL = "critical path"
+
+CONTESTS = (
+    Contest(
+        "ppo step, fixed length",
+        {"ours": ["ours"], "TRL 1.12": ["ppo"]},
+        "samples/s (64 prompts of 22 tokens, 64 new tokens, 4 epochs)",
+        steps=5,
+        scripts=SCRIPTS,
+    ),
+    Contest(
+        "ppo step, natural lengths",
+        {"ours": ["ours"], "TRL 1.12": ["ppo"]},
+        "samples/s (64 prompts of 22 tokens, 61 new tokens in the mean, 192 at most, 4 epochs)",
+        steps=5,
+        scripts=SCRIPTS,
+    ),
+    Contest(
+        "grpo step",
+        {"ours": ["ours"], "TRL 1.16": ["grpo"]},
+        "samples/s (8 prompts of 128 tokens, 8 answers of 64 each)",
+        steps=7,
+        scripts=SCRIPTS,
+    ),
+)
+
+
+def prepare(folder: Path) -> None:
+    """tokenizer/, fixed/model, natural/model, reward/model; prompts as {"text", "ids"} lines in short.jsonl and long.jsonl."""
+    from data.chat import encode_prompt
+    from data.tokenizers import train
+    from rlhf.models import load_reward_model, new_causal_lm, save_model
+    from rlhf.recipe import Model
+
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(2, 9))) for _ in range(6000)]
+    tokenizer = train([" ".join(words)] * 2, VOCABULARY)
+    tokenizer.save(folder / "tokenizer")
+    for name, (tokens, count) in PROMPTS.items():
+        rows = []
+        while len(rows) < count:
+            text = " ".join(rng.choice(words, tokens))
+            ids = tokenizer.encode(text)
+            around = len(encode_prompt(tokenizer, [{"role": "user", "content": ""}]))
+            text = tokenizer.decode(ids[: tokens - around])
+            ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
+            if len(ids) == tokens:
+                rows.append({"text": text, "ids": ids})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    sizes = Model(hidden_size=256, layers=8, heads=4, kv_heads=4, intermediate_size=688, max_positions=512, tie_embeddings=False)
+    model = new_causal_lm(sizes, tokenizer.vocab_size, tokenizer.end_of_text, seed=0)
+    never, one_in = -20.0, TEMPERATURE * math.log(tokenizer.vocab_size / (MEAN - 1))
+    for name, logit in (("fixed", never), ("natural", one_in)):
+        give_logits(model, {tokenizer.end_of_text: never, tokenizer.end_of_turn: logit})
+        save_model(model, dict(model.state_dict()), tokenizer, folder / name / "model")
+    judge = load_reward_model(folder / "fixed" / "model")
+    torch.nn.init.normal_(judge.score.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    save_model(judge, dict(judge.state_dict()), tokenizer, folder / "reward" / "model")
+
+
+@torch.no_grad()
+def give_logits(model: torch.nn.Module, logits: dict[int, float]) -> None:
+    """Let tokens have these logits whatever stands before them. The first feature of the residual stream becomes the same for all tokens
+    and nothing writes to it, so that after the last norm it is nearly a constant, which the output layer then multiplies."""
+    inner, large = model.model, 4.0  # type: ignore[union-attr]
+    inner.embed_tokens.weight[:, 0] = large
+    for layer in inner.layers:
+        layer.self_attn.o_proj.weight[0] = 0
+        layer.mlp.down_proj.weight[0] = 0
+    model.lm_head.weight[:, 0] = 0  # type: ignore[union-attr]
+    model.set_attn_implementation("sdpa")  # type: ignore[operator]  # plain rows
+    probe = torch.randint(0, VOCABULARY, (8, 64), generator=torch.Generator().manual_seed(0))
+    constant = float(inner(input_ids=probe).last_hidden_state[..., 0].mean())
+    for token, logit in logits.items():
+        model.lm_head.weight[token] = 0  # type: ignore[union-attr]
+        model.lm_head.weight[token, 0] = logit / constant  # type: ignore[union-attr]
+
+
+def main() -> None:
+    parser = arguments(__doc__, [*(contest.work for contest in CONTESTS), CRITICAL])
+    parser.add_argument("--against", choices=["trl"], default="trl")
+    asked = parser.parse_args()
+    rows = run(CONTESTS, asked, prepare)
+    if not asked.work or CRITICAL in asked.work:
+        from benchmarks.controller import critical_path
+
+        rows += critical_path()
+    show(rows, asked.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
