@@ -54,6 +54,15 @@ def needs_peers() -> None:
         raise SystemExit("`make peers` makes the environment that the peers run in")
 
 
+def peer(script: str, folder: Path, python_path: str = "") -> None:
+    """Run a script of this folder by the peers' environment, on one thread. Raises RuntimeError with what it said when it fails."""
+    quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
+    command = [str(PEERS), str(ROOT / "benchmarks" / script), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet, cwd=ROOT, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"{script} failed:\n{done.stderr[-3000:]}")
+
+
 def compete(contests: Sequence[Contest], rounds: int, folder: Path) -> list[tuple[Contest, dict[str, list[Figures]]]]:
     """What every runner of every contest found, round by round."""
     results = []

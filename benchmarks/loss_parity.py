@@ -22,8 +22,6 @@ What of TRL 1.16 had to be matched:
 
 import argparse
 import json
-import os
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
-from benchmarks import ROOT
-from benchmarks.contest import PEERS
+from benchmarks.contest import needs_peers, peer
 from data.packing import pack
 from data.tokenizers import train as train_tokenizer
 from rlhf import preference, reward
@@ -160,11 +157,7 @@ def theirs(found: dict[str, PreTrainedModel], of: Rankings, folder: Path) -> dic
         rows.append({"prompt": row["prompt"].tolist(), "chosen": chosen, "rejected": rejected, "foreign": foreign, "gap": row["scores"][0]})
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "cases.json").write_text(json.dumps(CASES))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    command = [str(PEERS), str(ROOT / "benchmarks/loss_parity_trl.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"TRL's side failed:\n{done.stderr[-3000:]}")
+    peer("loss_parity_trl.py", folder)
     with np.load(folder / "theirs.npz", allow_pickle=False) as arrays:
         return dict(arrays)
 
@@ -174,13 +167,13 @@ def compare() -> list[dict[str, Any]]:
     relative to that gradient's largest entry."""
     found, of = models(), rankings()
     with tempfile.TemporaryDirectory() as name:
-        peer = theirs(found, of, Path(name))
+        trl = theirs(found, of, Path(name))
     rows = []
     for name, case in CASES.items():
         value, gradients = ours(case, found, of)
-        apart = {key: np.abs(g - peer[f"{name}/{key}"]).max() / max(np.abs(g).max(), 1e-12) for key, g in gradients.items()}
+        apart = {key: np.abs(g - trl[f"{name}/{key}"]).max() / max(np.abs(g).max(), 1e-12) for key, g in gradients.items()}
         worst = max(apart, key=lambda key: apart[key])
-        other = float(peer[name])
+        other = float(trl[name])
         apart_by = abs(value - other) / max(1.0, abs(other))
         rows.append({"loss": name, "ours": value, "trl": other, "difference": apart_by, "gradient": float(apart[worst]), "where": worst})
     return rows
@@ -190,8 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
-    if not PEERS.exists():
-        raise SystemExit(f"no {PEERS}: run `make peers` first")
+    needs_peers()
     torch.set_num_threads(1)
     rows = compare()
     table = Table("loss", "ours", "TRL 1.16", "difference", "largest relative difference of a gradient", "in")

@@ -83,6 +83,7 @@ def ours(text: Path, work: Path, steps: int, seed: int) -> dict[str, float]:
 def prepare(text: Path, out: Path) -> Path:
     """The data stage's directory for one text cut in two as nanoGPT cuts it: bytes as tokens, for each character here is one."""
     from data.cleaning import text_id
+    from data.files import write_json
     from data.shards import Document, ShardWriter
     from data.tokenizers import train
 
@@ -98,6 +99,7 @@ def prepare(text: Path, out: Path) -> Path:
         )
         writer.add(Document(text_id(part), tokens, len(part.encode())))
         writer.finish()
+    write_json(out / "pretrain" / "manifest.json", {})
     return out
 
 
