@@ -60,19 +60,17 @@ def test_a_search_shares_its_data_stops_what_lags_and_repeats_for_nothing(
         path.write_text(path.read_text() + path.read_text().replace('"Hi"', '"Good day"'))
     recipe_path.write_text(yaml.safe_dump(recipe))
 
-    asked = ["pretrain.learning_rate=choice(1e-7, 1e-2)"]
-    found = search(recipe_path, asked, "pretrain/val_loss", None, 3, 2)
+    asked = ["pretrain.learning_rate=choice(1e-1, 1e-8, 1e-2, 1e-7)"]
+    found = search(recipe_path, asked, "pretrain/val_loss", None, 2, 2)
     folder = tmp_path / "runs/tiny/tune"
-    assert {t.name for t in found} == {"t000", "t001", "t002"}
-    assert found[0].values["pretrain.learning_rate"] == "1e-2"
+    assert [(t.name, t.values["pretrain.learning_rate"]) for t in found] == [("t001", "1e-2"), ("t000", "1e-7")]
     assert found[0].state == "made"
     assert all((folder / t.name / "data").is_symlink() for t in found)  # made once
     table = json.loads((folder / "table.json").read_text())
     assert [row["trial"] for row in table["trials"]] == [t.name for t in found]
     assert (folder / "tune.png").stat().st_size > 5000
-    stopped = [t for t in found if t.state == "stopped early"]
-    assert all(t.values["pretrain.learning_rate"] == "1e-7" for t in stopped)
+    assert found[1].state in ("made", "stopped early")
     best = (folder / found[0].name / "pretrain/manifest.json").read_bytes()
-    again = search(recipe_path, asked, "pretrain/val_loss", None, 3, 2)
+    again = search(recipe_path, asked, "pretrain/val_loss", None, 2, 2)
     assert again[0].result == found[0].result
     assert (folder / found[0].name / "pretrain/manifest.json").read_bytes() == best
