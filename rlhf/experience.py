@@ -155,11 +155,8 @@ def estimate(
     scores = of_heads.mean(1)
     facts = {"reward": float(scores.mean()), "reward_sd": float(scores.std())}
     seen = running.seen(facts["reward"], facts["reward_sd"])
-    worth = judge(conservative(of_heads, config.uncertainty_coef), lengths, rollout.finished, config, seen)
-    usual = None
-    if greedy:
-        baselines = conservative(found["baselines"].reshape(len(greedy.index), -1), config.uncertainty_coef)
-        usual = judge(baselines, greedy.response_lengths, greedy.finished, config, seen)
+    worth = worths(rollout, found["rewards"], config, seen)
+    usual = None if greedy is None else worths(greedy, found["baselines"], config, seen)
     apart = log_probs - reference
     in_rewards, in_loss = (running.kl_coef if config.kl_in == place else 0.0 for place in ("reward", "loss"))
     penalties = np.float32(-in_rewards) * kl(torch.from_numpy(apart), config.kl_estimator).numpy()
@@ -192,6 +189,12 @@ def estimate(
     if values is not None and returns is not None and len(returns):
         facts["value_explained"] = float(1 - (returns - values).var() / max(returns.var(), 1e-8))
     return Experience(rollout, log_probs, reference, advantages, weights, shares, in_loss, values, returns), facts
+
+
+def worths(rollout: Rollout, rewards: Floats, config: Ppo, seen: Running) -> Floats:
+    """What each response is worth [n], from the reward model's scores, all heads of each sample in turn."""
+    by_head = conservative(rewards.reshape(len(rollout.index), -1), config.uncertainty_coef)
+    return judge(by_head, rollout.response_lengths, rollout.finished, config, seen)
 
 
 def _advantages(

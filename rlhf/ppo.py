@@ -38,18 +38,26 @@ from rlhf.sync import gate, refuse_gap, sync_weights
 
 
 def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, running: Running) -> dict[str, float]:
-    """One rollout, its scores, `ppo.epochs` passes over it, new weights in the engines, proof that they arrived."""
+    """One rollout, its scores, `ppo.epochs` passes over it, new weights in the engines, proof that they arrived.
+
+    prompts: `rollout_batch`, and `spare_prompts` further ones.
+    """
     policy, config = graph["policy"], recipe.ppo
     seconds, now = recipe.cluster.deadline_s, f"PPO step {step}"
 
-    def answers(each: int, judges: dict[str, Scorer], temperature: float) -> Flow:
-        asked, sampling = wanted(prompts, recipe.seed, step, each), Sampling.of(config, temperature)
+    def answers(of: slice, each: int, judges: dict[str, Scorer], temperature: float) -> Flow:
+        asked, sampling = wanted(prompts, recipe.seed, step, each)[of], Sampling.of(config, temperature)
         return stream(graph["rollout"], asked, sampling, judges, seconds=seconds, what=f"{now}: rollout")
 
-    rollout = answers(config.samples_per_prompt, scorers(graph, config), config.temperature)
+    asked, rollout = 0, Flow()
+    for _ in range(1 + config.refills):  # the rollout; then further prompts for groups that are dropped
+        missing = config.rollout_batch - asked + equal_groups(graph, recipe, rollout, running)
+        if missing:
+            rollout += answers(slice(asked, asked + missing), config.samples_per_prompt, scorers(graph, config), config.temperature)
+            asked += missing
     greedy = Flow()
     if config.advantage == "remax":
-        greedy = answers(1, {"baselines": scorer(graph["reward"], "scores", config)}, temperature=0.0)
+        greedy = answers(slice(asked), 1, {"baselines": scorer(graph["reward"], "scores", config)}, temperature=0.0)
 
     parts = rollout.scores | greedy.scores
     experience, facts = policy.actors[0].call.options(num_returns=2).remote("experience", rollout.rollouts, parts, running, greedy.rollouts)
@@ -60,7 +68,7 @@ def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, running:
     for role in learners(graph):
         metrics |= {f"{role}_{name}": value for name, value in learned[f"{role}[0]"].items()}
 
-    metrics |= sync_weights(graph, recipe, version=f"step-{step + 1}")
+    metrics |= sync_weights(graph, recipe, version=f"step-{step + 1}") | {"prompts": asked}
     return metrics | gate(graph, recipe, prompts, step)
 
 
@@ -94,8 +102,9 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
 
         running = running_after(start, config, out)
         for step in range(start, config.steps):
-            ids = batch_indices(recipe.seed, step, config.rollout_batch, len(prompts), prompts.manifest_hash)
-            batch = [prompts[int(i)]["prompt"].tolist() for i in ids]
+            order = (config.rollout_batch, prompts.manifest_hash), (config.spare_prompts, f"{prompts.manifest_hash} spare")
+            ids = [int(i) for many, key in order for i in batch_indices(recipe.seed, step, many, len(prompts), key)]
+            batch = [prompts[i]["prompt"].tolist() for i in ids]
             began = time.time()
             metrics = ppo_step(graph, recipe, batch, step, running)
             metrics |= who_waited(graph, recipe, out, began, step + 1) | who_holds(graph, recipe)
@@ -108,6 +117,15 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         wait(graph["policy"].start("export", out.resolve() / "model", data.resolve() / "tokenizer"), seconds, "export")
     for name, value in totals(out).items():
         monitor.result(name, value)
+
+
+def equal_groups(graph: Graph, recipe: Recipe, rollout: Flow, running: Running) -> int:
+    """How many prompts of the rollout are to be dropped, for their answers are all worth the same."""
+    if not recipe.ppo.drop_equal_groups or not rollout.rollouts:
+        return 0
+    found = graph["policy"].ask(0, "equal_groups", rollout.rollouts, rollout.scores["rewards"], running)
+    dropped: int = wait({"policy[0]": found}, recipe.cluster.deadline_s, "equal groups")["policy[0]"]
+    return dropped
 
 
 def who_waited(graph: Graph, recipe: Recipe, out: Path, began: float, step: int) -> dict[str, float]:

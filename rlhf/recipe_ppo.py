@@ -159,7 +159,14 @@ class Ppo(Optimizer):
     unbiased_whitening: bool = key(False, "The variance is divided by the number of tokens less one.")
     drop_equal_groups: bool = key(
         False,
-        "Groups whose answers are all worth the same do not count; nothing takes their place in the batch.",
+        "Groups whose answers are all worth the same do not count; further prompts take their place (`refills`).",
+        source="arXiv:2503.14476, 3.2",
+    )
+    refills: int = key(
+        3,
+        "How many times a step asks further prompts in the place of dropped groups. With `drop_equal_groups`.",
+        unit="times",
+        ge=0,
         source="arXiv:2503.14476, 3.2",
     )
     mask_unfinished: bool = key(
@@ -237,6 +244,11 @@ class Ppo(Optimizer):
         return self.global_batch // self.samples_per_prompt
 
     @property
+    def spare_prompts(self) -> int:
+        """Prompts of a step that may take the place of dropped ones."""
+        return self.refills * self.rollout_batch if self.drop_equal_groups else 0
+
+    @property
     def samples(self) -> int:
         """Samples of one rollout."""
         return self.rollout_batch * self.samples_per_prompt
@@ -280,6 +292,8 @@ def idle(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
         found |= dict.fromkeys([("clip_range",), ("clip_range_low",), ("clip_range_high",)], "ppo.policy_loss = sapo clips nothing")
     elif ppo["clip_range_low"] is not None and ppo["clip_range_high"] is not None:
         found["clip_range",] = "ppo.clip_range_low and ppo.clip_range_high take its place"
+    if not ppo["drop_equal_groups"]:
+        found["refills",] = "ppo.drop_equal_groups is off"
     for name, of in (("sapo_temperatures", "sapo"), ("dual_clip_bound", "dual_clip")):
         if loss != of:
             found[name,] = f"ppo.policy_loss = {loss} does not read it"

@@ -23,8 +23,9 @@ from cluster.groups import Worker
 from cluster.hardware import hardware, use_deterministic_kernels
 from data.order import sample_index
 from data.packing import Sample, balance, pack, uncounted
-from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples, together
+from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples, together, worths
 from rlhf.learner import Learner, Loss, full_weights, shard
+from rlhf.loss_weights import varied
 from rlhf.losses import clipped_value, kl, policy_loss
 from rlhf.memory import Memory, available, estimate_memory, explained
 from rlhf.models import Batch, LanguageModel, ScalarModel, load_causal_lm, load_critic, load_reward_model, save_model
@@ -142,12 +143,14 @@ class LearningRole(Role):
         self.learner.load(self.checkpoints, step)
 
     def prompts(self, rollout: Rollout, extras: dict[str, Floats], weights: Floats) -> list[list[Sample]]:
-        """Packable samples by the prompt that they answer; one holds as many answers as a micro-batch does."""
+        """Packable samples by the prompt that they answer; one holds as many answers as a micro-batch does. Prompts none of whose answers
+        count are left out, unless that leaves none."""
         groups = self.together(rollout)
         found: dict[int, list[Sample]] = {}
         for group, sample in zip(groups, samples(rollout, extras, weights, groups), strict=True):
             found.setdefault(int(rollout.index[group[0]]) // self.config.samples_per_prompt, []).append(sample)
-        return list(found.values())
+        of_prompts = list(found.values())
+        return [some for some in of_prompts if any(sample.weights.any() for sample in some)] or of_prompts
 
     def learn(self, units: list[list[Sample]], size: int, step: int, loss: Loss, settings: Ppo | OnPolicyDistill) -> dict[str, float]:
         """`epochs` passes over the units, `size` of them an optimizer step; returns the mean of each metric, and of the first optimizer
@@ -186,6 +189,13 @@ class PolicyWorker(WeightSender, LearningRole):
         """log pi of every response token, by the weights as they are now."""
         self.learner.model.eval()
         return self.score(rollouts, lambda batch: self.learner.model(batch, self.config.temperature), _per_response_token)
+
+    def equal_groups(self, rollouts: list[ObjectRef], rewards: list[ObjectRef], running: Running) -> int:
+        """How many prompts have answers that are all worth the same. Called on rank 0 alone."""
+        rollout = merge(ray.get(rollouts))
+        scores = align(ray.get(rewards), self.recipe.reward.heads * _one_each(rollout))
+        # Normalising moves all scores alike: which are equal it does not change, so these need not be counted yet.
+        return int((~varied(worths(rollout, scores, self.config, running), self.config.samples_per_prompt)).sum())
 
     def experience(
         self,

@@ -24,7 +24,7 @@ class Running:
     variance: float = 0.0  # of all scores so far, biased
 
     def seen(self, mean: float, deviation: float) -> "Running":
-        """With the scores of one more rollout: `mean` and biased standard deviation of them. All rollouts are of one size.
+        """With the scores of one more rollout: `mean` and biased standard deviation of them. All rollouts count alike.
 
         Chan et al. 1979: M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / n.
         """

@@ -49,6 +49,11 @@ class Flow:
     rollouts: list[ObjectRef] = field(default_factory=list)
     scores: dict[str, list[ObjectRef]] = field(default_factory=dict)
 
+    def __add__(self, more: "Flow") -> "Flow":
+        """Both, as if they had been one."""
+        names = self.scores | more.scores
+        return Flow(self.rollouts + more.rollouts, {name: self.scores.get(name, []) + more.scores.get(name, []) for name in names})
+
 
 @dataclass
 class _Engine:

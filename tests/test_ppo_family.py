@@ -93,3 +93,24 @@ def test_greedy_baselines(ray_session, made, tmp_path):
     assert row["ppo/policy_grad_norm"] > 0
     assert "ppo/critic_loss" not in row
     assert "critic" not in demands(recipe)
+
+
+def test_prompts_take_the_place_of_equal_groups(ray_session, made, tmp_path):
+    """Answers of one token at a low temperature: most groups write the same word twice. What a step asked depends on its number alone."""
+    keys = {
+        "advantage": "grpo",
+        "samples_per_prompt": 2,
+        "rollout_batch": 4,
+        "global_batch": 8,
+        "temperature": 0.2,
+        "max_response_tokens": 1,
+    }
+    recipe = recipe_of(**keys, steps=1, drop_equal_groups=True, refills=2)
+    (row,) = train(recipe, made, tmp_path / "out")
+    assert 4 < row["ppo/prompts"] <= 12
+    different = row["ppo/counted"] * row["ppo/prompts"]
+    assert different == pytest.approx(round(different))
+    assert different == 4 or row["ppo/prompts"] > 6, "it went on until it had enough, or twice"
+    assert different <= 4
+    (again,) = train(recipe, made, tmp_path / "again")
+    assert again == row
