@@ -12,7 +12,7 @@ opens it. A prefix (P-tuning v2) is saved so and no other way (`save_prefix`): i
 import copy
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +24,10 @@ from rlhf.attention import Segments
 from rlhf.errors import RecipeError
 from rlhf.models import load_causal_lm, save_model
 from rlhf.recipe import Adapter
+from rlhf.recipe_ppo import PolicyAdapter
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # peft imports bitsandbytes, which takes a second and warns that it has no faster kernel for one token at a time on CPUs: hence
 # both are imported where an adapter is, and the warning is not passed on.
@@ -32,7 +36,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 PREFIX = "prompt_encoder.default.embedding.weight"  # float32 [virtual tokens, layers x (keys, values) x width of a layer's keys]
 
 
-def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> PreTrainedModel:
+def with_adapter(model: PreTrainedModel, adapter: Adapter | PolicyAdapter, seed: int) -> PreTrainedModel:
     """The same model with W + alpha / rank * B A for every targeted W (arXiv:2106.09685); only A and B learn. With `qlora` all W
     of the blocks are kept in 4 bits (arXiv:2305.14314). With `p_tuning_v2`: see `with_prefix`.
 
@@ -41,7 +45,7 @@ def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> PreTrai
     """
     from peft import LoraConfig, get_peft_model
 
-    if adapter.method == "p_tuning_v2":
+    if isinstance(adapter, Adapter) and adapter.method == "p_tuning_v2":
         return with_prefix(model, adapter.virtual_tokens, seed)
     if adapter.method == "qlora":
         model = in_four_bits(model)
@@ -57,7 +61,7 @@ def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> PreTrai
         try:
             get_peft_model(model, config)
         except ValueError as error:
-            raise RecipeError(f"sft.adapter.targets = {adapter.targets}: {error}") from error
+            raise RecipeError(f"adapter.targets = {adapter.targets}: {error}") from error
     return model
 
 
@@ -129,13 +133,25 @@ def save_prefix(model: PreTrainedModel, state: dict[str, torch.Tensor], tokenize
 
 def save_adapter(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
     """Write the LoRA weights or the prefix among `state` as adapter_config.json and adapter_model.safetensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = copy.copy(model.peft_config["default"])
+    weights = {"prompt_embeddings": state[PREFIX].contiguous()} if PREFIX in state else lora_weights(state)
+    write_adapter(adapter_config(model), weights, folder)
+
+
+def adapter_config(model: PreTrainedModel) -> "PeftConfig":
+    """What peft has to know of the model's adapter to open it."""
+    config: PeftConfig = copy.copy(model.peft_config["default"])
     config.inference_mode = True
+    return config
+
+
+def lora_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The thin matrices among `state`, named as peft writes them."""
+    return {f"base_model.model.{name.replace('.default.', '.')}": t.contiguous() for name, t in state.items() if ".lora_" in name}
+
+
+def write_adapter(config: "PeftConfig", weights: dict[str, torch.Tensor], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    weights = {f"base_model.model.{name.replace('.default.', '.')}": t.contiguous() for name, t in state.items() if ".lora_" in name}
-    if PREFIX in state:
-        weights = {"prompt_embeddings": state[PREFIX].contiguous()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

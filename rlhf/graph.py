@@ -19,8 +19,9 @@ from cluster.groups import Group, Worker, begin
 from cluster.placement import Demand, check, place
 from data.tokenizers import Tokenizer
 from rlhf.recipe import Recipe
+from rlhf.recipe_ppo import PolicyAdapter
 from rlhf.rollout import EngineWorker, engine_env
-from rlhf.weight_sender import transport
+from rlhf.weight_sender import ADAPTER, transport
 
 Role = tuple[type[Worker], tuple[Any, ...]]  # the class of a role's workers and their arguments
 Graph = dict[str, Group]
@@ -35,12 +36,15 @@ def demands(recipe: Recipe, roles: tuple[str, ...] | None = None) -> dict[str, D
     return {role: getattr(recipe.ppo.groups, role).demand for role in roles}
 
 
-def engines(recipe: Recipe, model: Path, tokenizer: Tokenizer) -> Role:
-    """vLLM engines for `model`, made for the longest prompt and response that the recipe allows."""
+def engines(recipe: Recipe, model: Path, tokenizer: Tokenizer, adapter: PolicyAdapter | None = None) -> Role:
+    """vLLM engines for `model`, made for the longest prompt and response that the recipe allows. With an `adapter` that learns, new weights
+    are adapters of this rank, and the engines' own stay."""
     longest = recipe.ppo.max_prompt_tokens + recipe.ppo.max_response_tokens
     stop, config = [tokenizer.end_of_turn, tokenizer.end_of_text], recipe.ppo
-    parts = (config.groups.rollout.tensor_parallel, shares_devices(recipe, "rollout"))
-    return EngineWorker, (model, stop, tokenizer.vocab_size, longest, recipe.seed, transport(recipe), *parts)
+    thin = adapter is not None and adapter.method == "lora"
+    how = ADAPTER if thin else transport(recipe)
+    parts = (config.groups.rollout.tensor_parallel, shares_devices(recipe, "rollout"), adapter.rank if adapter and thin else 0)
+    return EngineWorker, (model, stop, tokenizer.vocab_size, longest, recipe.seed, how, *parts)
 
 
 def shares_devices(recipe: Recipe, role: str) -> bool:

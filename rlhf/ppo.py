@@ -81,7 +81,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     sft, reward_model = (inputs[stage].resolve() / "model" for stage in ("sft", "reward"))
     updates = config.steps * config.epochs * -(-config.samples // config.global_batch)
     roles: dict[str, Role] = {
-        "rollout": engines(recipe, sft, tokenizer),
+        "rollout": engines(recipe, sft, tokenizer, config.adapter),
         "policy": (PolicyWorker, (recipe, sft)),
         "reference": (ReferenceWorker, (recipe, sft)),
         "reward": (RewardWorker, (recipe, reward_model)),

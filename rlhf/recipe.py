@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rlhf.model_sizes import PRESETS
-from rlhf.recipe_base import Optimizer, Section, Source, key
+from rlhf.recipe_base import Lora, Optimizer, Section, Source, key
 from rlhf.recipe_ppo import Ppo, disagreements
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # that vLLM's attention has kernels for, on CPUs too
@@ -185,7 +185,7 @@ class Pretrain(Training):
         return "pretrain.sequence_length", self.sequence_length
 
 
-class Adapter(Section):
+class Adapter(Lora):
     method: Literal["none", "lora", "qlora", "p_tuning_v2"] = key(
         "none",
         "`lora` trains two thin matrices beside each targeted one and merges them at the end; sft/adapter keeps them for peft. "
@@ -196,10 +196,7 @@ class Adapter(Section):
     virtual_tokens: int = key(
         16, "Keys and values of each layer that learn. With `p_tuning_v2`.", unit="tokens", ge=1, source="arXiv:2110.07602"
     )
-    rank: int = key(8, "Width of the thin matrices. With `lora` and `qlora`, as the keys below.", ge=1)
-    alpha: float = key(16.0, "The thin matrices' product is multiplied by alpha / rank.", gt=0)
     dropout: float = key(0.0, "Share of the adapter's inputs that are zeroed while training.", unit="fraction", ge=0, lt=1)
-    targets: Literal["all-linear"] | list[Source] = key("all-linear", "Names of the layers that get an adapter, as [q_proj, v_proj].")
 
     @property
     def prefix(self) -> int:

@@ -52,3 +52,11 @@ class Optimizer(Section):
         source="arXiv:1604.06174; arXiv:2205.05198",
     )
     compile: bool = key(False, "Compile each block with torch.compile: faster steps after a first one that takes a minute. CPUs need g++.")
+
+
+class Lora(Section):
+    """Two thin matrices beside each targeted one, W + alpha / rank * B A."""
+
+    rank: int = key(8, "Width of the thin matrices.", ge=1, source="arXiv:2106.09685")
+    alpha: float = key(16.0, "The thin matrices' product is multiplied by alpha / rank.", gt=0)
+    targets: Literal["all-linear"] | list[Source] = key("all-linear", "Names of the layers that get an adapter, as [q_proj, v_proj].")

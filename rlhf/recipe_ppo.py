@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from cluster.plan import Demand, disagreement
 from rlhf.ppo_presets import PRESETS, told
-from rlhf.recipe_base import Optimizer, Section, key
+from rlhf.recipe_base import Lora, Optimizer, Section, key
 
 COMPARING = ("grpo", "dr_grpo", "rloo", "reinforce++_baseline")  # answers to one prompt; advantages.GROUPED holds their formulas
 
@@ -69,6 +69,20 @@ class Groups(Section):
     rollout: Engines = key(Engines(), "vLLM engines that write the responses.")
 
 
+class PolicyAdapter(Lora):
+    method: Literal["none", "lora"] = key(
+        "none",
+        "`lora` trains an adapter of the SFT model. The engines are sent the adapter alone; ppo/adapter keeps it for peft, ppo/model "
+        "has it merged.",
+        source="arXiv:2106.09685",
+    )
+
+    @property
+    def dropout(self) -> float:
+        """None: the same weights have to give the same log-probabilities."""
+        return 0.0
+
+
 class Ppo(Optimizer):
     preset: Literal["trl", "verl", "openrlhf"] | None = key(
         None, "Defaults of this section as another library has them; a key that is given as well counts more.", values=told()
@@ -76,6 +90,7 @@ class Ppo(Optimizer):
     micro_batch: int = key(
         4096, "Tokens of one forward and backward pass of one worker; samples are packed up to it without padding.", unit="tokens", ge=16
     )
+    adapter: PolicyAdapter = key(PolicyAdapter(), "Let few parameters of the policy learn instead of all.")
     groups: Groups = key(Groups(), "The actors, CPUs and GPUs of each role.")
     colocate: list[Annotated[list[Literal["policy", "reference", "reward", "critic", "rollout"]], Field(min_length=2)]] = key(
         [],

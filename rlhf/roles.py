@@ -23,6 +23,8 @@ from cluster.groups import Worker
 from cluster.hardware import hardware, use_deterministic_kernels
 from data.order import sample_index
 from data.packing import Sample, balance, pack, uncounted
+from rlhf import buckets
+from rlhf.adapters import adapter_config, lora_weights, save_merged, with_adapter
 from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples, together, worths
 from rlhf.learner import Learner, Loss, full_weights, shard
 from rlhf.loss_weights import varied
@@ -182,7 +184,10 @@ class PolicyWorker(WeightSender, LearningRole):
 
     def load(self, steps: int, checkpoints: Path) -> None:
         """`steps`: optimizer steps of the whole run."""
-        self.learner = Learner(LanguageModel(load_causal_lm(self.path)), self.config, steps)
+        model, adapter = load_causal_lm(self.path), self.config.adapter
+        if adapter.method == "lora":
+            model = with_adapter(model, adapter, self.recipe.seed)
+        self.learner = Learner(LanguageModel(model), self.config, steps)
         self.checkpoints = checkpoints
 
     def log_probs(self, *rollouts: Rollout) -> Scores:
@@ -235,7 +240,14 @@ class PolicyWorker(WeightSender, LearningRole):
 
         state = full_weights(self.learner.model)
         if self.rank == 0:
-            save_model(self.learner.model.inner, state, load(tokenizer), out)
+            save = partial(save_merged, self.path) if self.config.adapter.method == "lora" else save_model
+            save(self.learner.model.inner, state, load(tokenizer), out)
+
+    def adapter(self) -> tuple[Any, dict[str, np.ndarray]] | None:
+        """On rank 0: peft's configuration of the adapter, and its weights. Some MB, which travel in one call."""
+        shards = {name: t for name, t in buckets.shards(self.learner.model).items() if ".lora_" in name}
+        thin = lora_weights({name: buckets.whole(t).detach().float().cpu() for name, t in shards.items()})
+        return (adapter_config(self.learner.model.inner), {name: t.numpy() for name, t in thin.items()}) if self.rank == 0 else None
 
 
 class CriticWorker(LearningRole):

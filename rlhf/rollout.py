@@ -12,12 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
 from cluster.groups import Worker
 from cluster.hardware import hardware
+from rlhf.adapters import write_adapter
 from rlhf.buckets import Spec
 from rlhf.experience import Rollout, merge
 from rlhf.fingerprints import Fingerprint
@@ -34,6 +37,10 @@ ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
 }
 CPU_ENV = {"TORCHDYNAMO_DISABLE": "1"}  # without a GPU the sampler's first compiled call costs 6 s and gains nothing
+
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for; a smaller adapter is padded
+MEMORY = Path("/dev/shm")
 
 
 def engine_env(on_gpu: bool) -> dict[str, str]:
@@ -66,12 +73,14 @@ class EngineWorker(Worker):
         transport: str = "object_store",
         tensor_parallel: int = 1,
         shares: bool = False,
+        adapter_rank: int = 0,
     ) -> None:
         """Load `model` for sequences of at most `max_tokens` tokens; generation ends at one of the `stop` ids.
 
         transport: how new weights come, see `weight_sender`.
         tensor_parallel: over how many GPUs of this actor, or processes without one, each matrix is split.
         shares: the engine's devices are others' too, whenever it sleeps.
+        adapter_rank: 0, or the rank of the LoRA adapters that it is given instead of new weights (`load_adapter`).
         """
         super().__init__(rank, world, threads)
         from vllm import LLM
@@ -79,6 +88,8 @@ class EngineWorker(Worker):
         hw = hardware()
         self.stop, self.vocab_size, self.max_tokens, self.transport = list(stop), vocab_size, max_tokens, transport
         self.version = "initial"
+        self.adapters = 0  # so far
+        self.adapter: Any = None  # vLLM's name for the one in use
         self.inbox: SimpleQueue[tuple[Sequence[Wanted], bool]] = SimpleQueue()
         with engine_explained(model, max_tokens, tensor_parallel):
             self.llm = LLM(
@@ -90,7 +101,9 @@ class EngineWorker(Worker):
                 max_num_seqs=256,
                 seed=seed,
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
-                weight_transfer_config={"backend": transport},
+                weight_transfer_config=None if adapter_rank else {"backend": transport},
+                enable_lora=adapter_rank > 0,
+                max_lora_rank=next(rank for rank in LORA_RANKS if rank >= adapter_rank),
                 worker_extension_cls="rlhf.weight_sync.WorkerExtension",
                 disable_log_stats=True,
                 tensor_parallel_size=tensor_parallel,
@@ -152,7 +165,7 @@ class EngineWorker(Worker):
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,
                     )
-                    engine.add_request(request, TokensPrompt(prompt_token_ids=one.prompt), params)
+                    engine.add_request(request, TokensPrompt(prompt_token_ids=one.prompt), params, lora_request=self.adapter)
 
         try:
             add(asked)
@@ -229,10 +242,32 @@ class EngineWorker(Worker):
     def finish_weight_update(self, version: str) -> str:
         """The weights are whole and called `version`; forget everything cached under the old ones."""
         self.llm.finish_weight_update(version)
+        self._now(version)
+        return version
+
+    def _now(self, version: str) -> None:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("the prefix cache could not be reset: a request is still running")
         self.version = version
-        return version
+
+    def load_adapter(self, version: str, adapter: tuple[Any, dict[str, np.ndarray]]) -> int:
+        """Answer with this adapter of the weights (peft's configuration and matrices) from here on; returns its bytes.
+
+        vLLM opens folders only: it gets one in memory, for as long as it reads. Every adapter has a number of its own, since vLLM takes
+        one that it knows for the one that it has.
+        """
+        from vllm.lora.request import LoRARequest
+
+        config, weights = adapter
+        before, self.adapters = self.adapter, self.adapters + 1
+        with TemporaryDirectory(prefix="adapter-", dir=MEMORY if MEMORY.is_dir() else None) as folder:
+            write_adapter(config, {name: torch.from_numpy(array.copy()) for name, array in weights.items()}, Path(folder))
+            self.adapter = LoRARequest(version, self.adapters, folder)
+            self.llm.llm_engine.add_lora(self.adapter)
+        if before is not None:
+            self.llm.llm_engine.remove_lora(before.lora_int_id)
+        self._now(version)
+        return sum(array.nbytes for array in weights.values())
 
     def fingerprints(self, specs: Sequence[Spec]) -> dict[str, list[Fingerprint]]:
         """Of the weights that the engine multiplies with, see `fingerprints.engine_fingerprints`."""

@@ -4,7 +4,7 @@
     metrics |= gate(graph, recipe, prompts, step=6)             # {"sync/log_prob_gap", "sync/resyncs"}; TrainingError when they disagree
 
 One flow for all transports, vLLM's own: init (once), start, update for every bucket of 256 MiB, finish. While the engines load a
-bucket the policy gathers the next one; two are on their way at most.
+bucket the policy gathers the next one; two are on their way at most. With `ppo.adapter` the adapter alone goes, in one call.
 """
 
 import time
@@ -29,7 +29,7 @@ from rlhf.graph import Graph, Prompts
 from rlhf.monitoring import say
 from rlhf.recipe import Recipe
 from rlhf.sampling import sample_seed
-from rlhf.weight_sender import BROADCASTS
+from rlhf.weight_sender import ADAPTER, BROADCASTS
 
 PROBES, PROBE_TOKENS = 4, 8  # what every engine writes after each sync, at least
 NAMED = 8  # tensors that an error lists
@@ -52,6 +52,8 @@ def sync_weights(graph: Graph, recipe: Recipe, version: str, source: str = "poli
     """The weights of `source` into every engine, which then calls them `version`. Returns the seconds it took and MB/s of one copy."""
     link, seconds, what = link_to(graph, recipe, source), recipe.cluster.deadline_s, f"weights of {version}"
     sender, rollout = graph[source], graph["rollout"]
+    if link.transport == ADAPTER:
+        return send_adapter(sender, rollout, version, seconds, what)
     began = time.perf_counter()
     before: Mapping[str, ObjectRef] = rollout.start("start_weight_update")
     for bucket in link.buckets:
@@ -65,6 +67,16 @@ def sync_weights(graph: Graph, recipe: Recipe, version: str, source: str = "poli
     wait(rollout.start("finish_weight_update", version), seconds, what)
     took = time.perf_counter() - began
     return {"sync/seconds": took, "sync/mb_per_s": sum(map(size, link.buckets)) / 1e6 / took}
+
+
+def send_adapter(sender: Group, rollout: Group, version: str, seconds: float, what: str) -> dict[str, float]:
+    """The policy's adapter into every engine, in one call."""
+    began = time.perf_counter()
+    sent = sender.start("adapter")
+    arrived = rollout.start("load_adapter", version, sent[f"{sender.name}[0]"])
+    sizes = wait(arrived | sent, seconds, what)
+    took = time.perf_counter() - began
+    return {"sync/seconds": took, "sync/mb_per_s": sizes["rollout[0]"] / 1e6 / took}
 
 
 def settle(refs: Mapping[str, ObjectRef], seconds: float, what: str) -> None:
@@ -87,6 +99,9 @@ def link_to(graph: Graph, recipe: Recipe, source: str) -> Link:
     if latest is not None and latest is _links.get(sender) and latest.members == members:
         return latest
     transport, dtype = wait({"rollout[0]": rollout.actors[0].takes.remote()}, seconds, "weight sync")["rollout[0]"]
+    if transport == ADAPTER:
+        _links[sender] = _links[rollout] = link = Link(members, transport, dtype, [])
+        return link
     first = f"{source}[0]"
     buckets = plan(wait({first: sender.actors[0].specs.remote(dtype)}, seconds, "weight sync")[first])
     host, port = "", 0
@@ -152,6 +167,8 @@ def gaps(graph: Graph, recipe: Recipe, prompts: Prompts) -> tuple[dict[str, floa
 def differences(graph: Graph, recipe: Recipe, engine: str) -> str:
     """A sentence on which weights of `engine` are not the policy's."""
     link, seconds = _links[graph["rollout"]], recipe.cluster.deadline_s
+    if link.transport == ADAPTER:
+        return "It was given the adapter; its other weights are those that it started with"
     ours = wait(graph["policy"].start("fingerprints", link.dtype), seconds, "compare weights")["policy[0]"]
     rank = int(engine.removeprefix("rollout[").removesuffix("]"))
     asked = graph["rollout"].ask(rank, "fingerprints", [spec for spec, _ in ours])

@@ -9,6 +9,8 @@
 | gloo         | one broadcast from rank 0, in a group of its own | CPUs, GPUs; across nodes |
 | nccl         | the same between GPUs, received by vLLM's own backend | GPUs; has not run on one yet |
 | ipc          | a handle to the GPU memory of the rank that shares the engine's GPU, opened by vLLM's own backend | GPUs; has not run yet |
+
+With `ppo.adapter` none of them: the adapter alone goes to the engines, in one call (`sync.send_adapter`).
 """
 
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from rlhf.buckets import Spec
 from rlhf.fingerprints import Fingerprint, fingerprint
 from rlhf.recipe import Recipe
 
+ADAPTER = "adapter"  # what an engine that takes adapters says in the place of a transport
 BROADCASTS = ("gloo", "nccl")  # sender and receivers must be in the call at the same time
 
 

@@ -114,3 +114,18 @@ def test_prompts_take_the_place_of_equal_groups(ray_session, made, tmp_path):
     assert different <= 4
     (again,) = train(recipe, made, tmp_path / "again")
     assert again == row
+
+
+def test_an_adapter_alone_goes_to_the_engines(ray_session, made, tmp_path):
+    recipe = recipe_of(
+        advantage="grpo", samples_per_prompt=4, rollout_batch=2, global_batch=8, learning_rate=1e-2, adapter={"method": "lora", "rank": 4}
+    )
+    rows = train(recipe, made, tmp_path / "out")
+    assert all(row["sync/log_prob_gap"] < 1e-4 and row["ppo/log_prob_gap"] < 1e-4 for row in rows)
+    assert rows[1]["ppo/kl"] > rows[0]["ppo/kl"] == pytest.approx(0, abs=1e-4), "the engines answer with what was learned"
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(".lora_" in name for name in adapter)
+    merged, before = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "out", made["sft"]))
+    name = "model.layers.0.mlp.down_proj"
+    thin = [adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA"]
+    torch.testing.assert_close(merged[f"{name}.weight"], before[f"{name}.weight"] + 16 / 4 * thin[0] @ thin[1])
