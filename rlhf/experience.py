@@ -146,11 +146,12 @@ def estimate(
 ) -> tuple[Experience, dict[str, float]]:
     """Advantages and whatever else the update needs from what the roles found, and the figures of the rollout.
 
-    found: `log_probs`, `ref_log_probs` and, with a critic, `values` per response token; `rewards` per sample, of several heads all of
-    each sample's in turn; with remax `baselines`, the reward model's scores of the answers in `greedy`, one per prompt.
+    found: `log_probs` (with `one_pass` nobody has computed them yet: the engine's stand in), `ref_log_probs` and, with a critic, `values`
+    per response token; `rewards` per sample, of several heads all of each sample's in turn; with remax `baselines`, the reward model's
+    scores of the answers in `greedy`, one per prompt.
     """
     lengths, size = rollout.response_lengths, config.samples_per_prompt
-    log_probs, reference, values = found["log_probs"], found["ref_log_probs"], found.get("values")
+    log_probs, reference, values = found.get("log_probs", rollout.log_probs), found["ref_log_probs"], found.get("values")
     of_heads = found["rewards"].reshape(len(lengths), -1)
     scores = of_heads.mean(1)
     facts = {"reward": float(scores.mean()), "reward_sd": float(scores.std())}

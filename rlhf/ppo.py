@@ -65,6 +65,9 @@ def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, running:
     refuse_gap(metrics["log_prob_gap"], recipe, f"{now}: the rollout")
 
     learned = wait(start_learners(graph, "update", experience, step), seconds, f"{now}: update")
+    if config.one_pass:  # the first to know
+        metrics["log_prob_gap"] = float(np.max([learned[name].pop("log_prob_gap") for name in learned if name.startswith("policy[")]))
+        refuse_gap(metrics["log_prob_gap"], recipe, f"{now}: the rollout")
     for role in learners(graph):
         metrics |= {f"{role}_{name}": value for name, value in learned[f"{role}[0]"].items()}
 
@@ -147,6 +150,8 @@ def who_holds(graph: Graph, recipe: Recipe) -> dict[str, float]:
 def scorers(graph: Graph, config: Ppo) -> dict[str, Scorer]:
     """Who says what of every answer, at once with the others and while further answers are being written."""
     methods = {"log_probs": ("policy", "log_probs"), "ref_log_probs": ("reference", "log_probs"), "rewards": ("reward", "scores")}
+    if config.one_pass:
+        del methods["log_probs"]
     if "critic" in graph:
         methods["values"] = ("critic", "values")
     return {name: scorer(graph[role], method, config) for name, (role, method) in methods.items()}

@@ -259,6 +259,13 @@ class Ppo(Optimizer):
         return self.global_batch // self.samples_per_prompt
 
     @property
+    def one_pass(self) -> bool:
+        """Whether the pass that learns is the first to need the policy's log-probabilities: a rollout has one optimizer step, so the old
+        ones are its own, and no reward or weight is made of them before."""
+        once = self.epochs == 1 and self.global_batch >= self.samples
+        return once and self.importance == "none" and not (self.kl_coef and self.kl_in == "reward")
+
+    @property
     def spare_prompts(self) -> int:
         """Prompts of a step that may take the place of dropped ones."""
         return self.refills * self.rollout_batch if self.drop_equal_groups else 0

@@ -225,10 +225,13 @@ class PolicyWorker(WeightSender, LearningRole):
         return estimate(rollout, found, self.config, running, compared)
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:
+        """With `one_pass` also `log_prob_gap`: how far this rank's log-probabilities, before the step, are from the engine's."""
         extras = {name: getattr(experience, name) for name in ("log_probs", "ref_log_probs", "advantages", "shares")}
-        loss = partial(policy_objective, config=self.config, kl_coef=experience.kl_coef)
+        gaps = [0.0]
+        loss = partial(policy_objective, config=self.config, kl_coef=experience.kl_coef, gaps=gaps)
         prompts = self.prompts(experience.rollout, extras, experience.weights)
-        return self.learn(prompts, self.config.prompts_at_once, step, loss, self.config)
+        figures = self.learn(prompts, self.config.prompts_at_once, step, loss, self.config)
+        return figures | ({"log_prob_gap": float(np.max(gaps))} if self.config.one_pass else {})  # NaN stays NaN
 
     @property
     def network(self) -> torch.nn.Module:
@@ -275,11 +278,17 @@ class CriticWorker(LearningRole):
         return self.learn(prompts, self.config.prompts_at_once, step, partial(value_objective, config=self.config), self.config)
 
 
-def policy_objective(model: torch.nn.Module, batch: Batch, config: Ppo, kl_coef: float) -> Sums:
-    """sum_t share_t (policy loss + kl_coef KL(pi || pi_ref) - entropy_coef entropy)_t over the counted response tokens."""
+def policy_objective(model: torch.nn.Module, batch: Batch, config: Ppo, kl_coef: float, gaps: list[float]) -> Sums:
+    """sum_t share_t (policy loss + kl_coef KL(pi || pi_ref) - entropy_coef entropy)_t over the counted response tokens.
+
+    With `one_pass` the old log-probabilities are the new ones, and how far the engine's are from them is added to `gaps`.
+    """
     at = {name: values[batch.rows] for name, values in batch.extras.items()}
     found = model(batch, config.temperature, config.entropy_coef > 0)
     now = found[:, 0] if config.entropy_coef else found
+    if config.one_pass:
+        gaps.append(float(((now.detach() - at["log_probs"]) * (batch.weights > 0)).abs().max()))
+        at["log_probs"] = now.detach()
     terms, clipped = policy_loss(now, at["log_probs"], at["advantages"], batch.owners, config)
     figures = {"clip_fraction": clipped.float(), "update_kl": kl(at["log_probs"] - now, "k3")}
     figures["ratio_error"] = (now - at["log_probs"]).detach().expm1().abs()  # 0 before the first optimizer step, up to rounding

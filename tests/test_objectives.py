@@ -26,6 +26,10 @@ FAMILY = {
     "ppo": {"advantage": "gae"},
     "ppo, entropy": {"advantage": "gae", "entropy_coef": 0.1, "policy_loss": "dual_clip"},
     "grpo": {"advantage": "grpo", "samples_per_prompt": 2, "kl_in": "loss", "aggregation": "sequence_mean"},
+    "grpo, one pass": {
+        **{"advantage": "grpo", "samples_per_prompt": 2, "kl_in": "loss", "kl_estimator": "k3"},
+        **{"epochs": 1, "rollout_batch": 2, "global_batch": 4},
+    },
     "dapo": {
         "advantage": "grpo",
         "samples_per_prompt": 2,
@@ -89,6 +93,7 @@ def by_the_book(model: torch.nn.Module, experience: Experience, config: Ppo) -> 
             torch.from_numpy(getattr(experience, name)[mine].copy()) for name in ("log_probs", "ref_log_probs", "advantages")
         )
         now = rows.gather(1, ids[prompt:, None])[:, 0]
+        old = now.detach() if config.one_pass else old
         ratio = (now - old).exp()
         if config.policy_loss == "gspo":
             ratio = (now - old).mean().exp().expand(n)
@@ -126,7 +131,9 @@ def test_loss_and_gradient_equal_plain_transformers(name: str, lengths: list[int
     inner = causal_lm().eval()
     twin = plain_twin(inner)
     batch = Batch.of(pack(samples(experience.rollout, extras_of(experience), experience.weights)), CPU)
-    value, _ = policy_objective(LanguageModel(inner), batch, config, experience.kl_coef)
+    gaps: list[float] = []
+    value, _ = policy_objective(LanguageModel(inner), batch, config, experience.kl_coef, gaps)
+    assert len(gaps) == config.one_pass
     loss = value / max(float(experience.weights.sum()), 1e-9)
     loss.backward()
     expected = by_the_book(twin, experience, config)
@@ -176,7 +183,7 @@ def test_cuts_and_order_change_nothing(name: str) -> None:
     for cut in cuts:
         learner = Learner(LanguageModel(causal_lm()), config, 1)
         batches = [Batch.of(pack([packable[i] for i in ids]), CPU) for ids in cut]
-        found.append(learner.step(batches, partial(policy_objective, config=config, kl_coef=experience.kl_coef)))
+        found.append(learner.step(batches, partial(policy_objective, config=config, kl_coef=experience.kl_coef, gaps=[])))
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5, abs=1e-7)
     assert {"clip_fraction", "update_kl"} <= found[0].keys()
