@@ -39,6 +39,7 @@ ENGINE_ENV = {
 CPU_ENV = {"TORCHDYNAMO_DISABLE": "1"}  # without a GPU the sampler's first compiled call costs 6 s and gains nothing
 
 
+BATCHED = 4096  # tokens of prompts that a CPU engine computes at once
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for; a smaller adapter is padded
 MEMORY = Path("/dev/shm")
 
@@ -99,6 +100,9 @@ class EngineWorker(Worker):
                 enforce_eager=not hw.is_gpu,
                 max_model_len=max_tokens,
                 max_num_seqs=256,
+                # vLLM takes back the random numbers of a prompt that it has computed in part; generators of CPUs cannot do that.
+                enable_chunked_prefill=hw.is_gpu,
+                max_num_batched_tokens=None if hw.is_gpu else max(BATCHED, max_tokens),
                 seed=seed,
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
                 weight_transfer_config=None if adapter_rank else {"backend": transport},

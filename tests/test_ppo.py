@@ -27,7 +27,7 @@ from rlhf.models import new_causal_lm, save_model
 from rlhf.ppo import running_after
 from rlhf.recipe import Model, Ppo, Recipe
 from rlhf.roles import PolicyWorker
-from rlhf.rollout import CPU_ENV, ENGINE_ENV
+from rlhf.rollout import BATCHED, CPU_ENV, ENGINE_ENV
 from rlhf.sampling import sample_seed
 from rlhf.shaping import after, begin
 from rlhf.sync import differences, gate, refuse_gap, sync_weights
@@ -246,6 +246,14 @@ def test_prompts_that_would_wedge_the_engine_are_refused(graph, prompt, why):
     with pytest.raises(ValueError, match=why):
         ray.get(engine.generate.remote([0], [prompt], [0], 16, 1.0))
     assert len(ray.get(engine.generate.remote([0], [[5]], [0], 4, 1.0)).index) == 1  # and it still answers
+
+
+def test_more_prompts_than_an_engine_computes_at_once(graph):
+    """A prompt that is computed in two parts draws its first token twice, which random generators of CPUs cannot take back."""
+    prompts = np.random.default_rng(0).integers(5, 256, (BATCHED // 16, 31)).tolist()
+    asked = (list(range(len(prompts))), prompts, list(range(len(prompts))), 1, 1.0)
+    rollout = ray.get(graph["rollout"].actors[0].generate.remote(*asked))
+    assert rollout.index.tolist() == asked[0]
 
 
 def test_a_gap_that_is_no_number_is_refused(recipe):

@@ -96,7 +96,7 @@ def test_greedy_baselines(ray_session, made, tmp_path):
 
 
 def test_prompts_take_the_place_of_equal_groups(ray_session, made, tmp_path):
-    """Answers of one token at a low temperature: most groups write the same word twice. What a step asked depends on its number alone."""
+    """Scores that are clipped to their sign: about half of the groups are worth the same. What a step asks depends on its number alone."""
     keys = {
         "advantage": "grpo",
         "samples_per_prompt": 2,
