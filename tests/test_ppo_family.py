@@ -96,7 +96,7 @@ def test_greedy_baselines(ray_session, made, tmp_path):
 
 
 def test_prompts_take_the_place_of_equal_groups(ray_session, made, tmp_path):
-    """Scores that are clipped to their sign: about half of the groups are worth the same. What a step asks depends on its number alone."""
+    """Scores that are clipped to their sign: about half of the groups are worth the same."""
     keys = {"advantage": "grpo", "samples_per_prompt": 2, "rollout_batch": 8, "global_batch": 16, "drop_equal_groups": True, "refills": 1}
     recipe = recipe_of(**keys, reward_clip=1e-6)
     rows = train(recipe, made, tmp_path / "out")
@@ -105,8 +105,6 @@ def test_prompts_take_the_place_of_equal_groups(ray_session, made, tmp_path):
         different = row["ppo/counted"] * row["ppo/prompts"]
         assert different == pytest.approx(round(different))
         assert different <= 8 <= row["ppo/prompts"] <= 16
-    shutil.rmtree(tmp_path / "out" / "checkpoints" / "policy" / "step_00000002")
-    assert train(recipe, made, tmp_path / "out") == rows
 
 
 def test_an_adapter_alone_goes_to_the_engines(ray_session, made, tmp_path):
