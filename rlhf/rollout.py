@@ -40,9 +40,8 @@ CPU_ENV = {"TORCHDYNAMO_DISABLE": "1"}  # without a GPU the sampler's first comp
 
 
 BATCHED = 4096  # tokens of prompts that a CPU engine computes at once
-BLOCK = (
-    32  # of the KV cache on CPUs. Answers share whole blocks of their prompt: 8 x 8 answers to 128 tokens took 3.3 s, with vLLM's 128 4.6 s
-)
+BLOCK = 32  # of a CPU's KV cache: answers share whole blocks of their prompt. 8 x 8 to 128 tokens took 3.3 s, with vLLM's 128 4.6
+
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for; a smaller adapter is padded
 MEMORY = Path("/dev/shm")
 
