@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="a clone of nanoGPT")
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare as one file")
-    parser.add_argument("--steps", type=int, default=1200, help="our optimizer steps")
+    parser.add_argument("--steps", type=int, default=500, help="our optimizer steps")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
