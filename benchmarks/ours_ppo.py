@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.ppo import FIXED, GROUP, LONGEST, PROMPTS, SAMPLES, TEMPERATURE
 
-SHARED = {"global_batch": SAMPLES, "temperature": TEMPERATURE, "learning_rate": 3e-6, "checkpoint_every": 1000, "compile": True}
+SHARED = {"global_batch": SAMPLES, "temperature": TEMPERATURE, "learning_rate": 3e-6, "checkpoint_every": 1000}
 PPO = {"preset": "trl", "rollout_batch": SAMPLES, "critic_learning_rate": 3e-6}
 GRPO = {"advantage": "grpo", "epochs": 1, "rollout_batch": SAMPLES // GROUP, "samples_per_prompt": GROUP, "kl_in": "loss", "kl_coef": 0.04}
 WORKS: dict[str, tuple[str, str, dict[str, Any]]] = {  # -> (prompts, policy, keys)
