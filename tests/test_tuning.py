@@ -63,7 +63,8 @@ def test_a_search_shares_its_data_stops_what_lags_and_repeats_for_nothing(
     asked = ["pretrain.learning_rate=choice(1e-1, 1e-8, 1e-2, 1e-7)"]
     found = search(recipe_path, asked, "pretrain/val_loss", None, 2, 2)
     folder = tmp_path / "runs/tiny/tune"
-    assert [(t.name, t.values["pretrain.learning_rate"]) for t in found] == [("t001", "1e-2"), ("t000", "1e-7")]
+    assert {t.name: t.values["pretrain.learning_rate"] for t in found} == {"t000": "1e-7", "t001": "1e-2"}
+    assert found[0].result < found[1].result, "the held-out text is another one: the larger rate unlearns it"
     assert found[0].state == "made"
     assert all((folder / t.name / "data").is_symlink() for t in found)  # made once
     table = json.loads((folder / "table.json").read_text())
