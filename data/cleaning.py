@@ -11,6 +11,7 @@ import hashlib
 import unicodedata
 
 import numpy as np
+import pyarrow as pa
 
 
 def normalise(text: str) -> str:
@@ -21,6 +22,13 @@ def normalise(text: str) -> str:
 def text_id(text: str) -> bytes:
     """16 bytes that stand for a text (BLAKE2b): equal texts have equal ids; in 10^12 different ones a clash has odds of 10^-15."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def id_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of 16-byte ids, none of them null, as `V16` `[n]`."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    arrays = [np.frombuffer(chunk.buffers()[1], "V16")[chunk.offset : chunk.offset + len(chunk)] for chunk in chunks if len(chunk)]
+    return np.concatenate(arrays) if arrays else np.zeros(0, "V16")
 
 
 def shares(ids: np.ndarray) -> np.ndarray:

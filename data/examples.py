@@ -27,10 +27,10 @@ import pyarrow.parquet as pq
 import ray
 
 from data.chat import encode_answer, encode_chat, encode_prompt
-from data.cleaning import in_validation, normalise, shares, text_id, validation_limit
+from data.cleaning import id_array, in_validation, normalise, shares, text_id, validation_limit
+from data.engine import fetched
 from data.errors import DataError
 from data.files import sha256_of, write_json
-from data.pipeline import fetched, id_array
 from data.reading import Broken, Dropped, check_broken, ordered, read
 from data.templates import Message
 from data.tokenizers import Tokenizer

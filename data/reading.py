@@ -14,7 +14,7 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,23 @@ def check_broken(rows: Dataset, files: list[Path], out_dir: Path, max_broken_fra
         fates = pa.compute.or_(pa.compute.is_valid(batch["broken"]), pa.compute.is_valid(batch["dropped"]))
         for row in batch.filter(fates).to_pylist():
             if row["broken"]:
-                broken.append(row)
+                broken.append({"file": row["file"], "at": row["at"], "reason": row["broken"]})
             else:
                 dropped[row["dropped"]] = dropped.get(row["dropped"], 0) + 1
-    lines = _line_numbers(files, broken)
-    listed = [{"file": str(files[row["file"]]), "line": line, "reason": row["broken"]} for row, line in zip(broken, lines, strict=True)]
+    quarantine(files, broken, total, out_dir, max_broken_fraction)
+    return {"rows": total, "broken": len(broken), **{f"dropped: {reason}": dropped[reason] for reason in sorted(dropped)}}
+
+
+def quarantine(files: list[Path], rows: Iterable[dict[str, Any]], total: int, out_dir: Path, max_broken_fraction: float) -> None:
+    """Write `out_dir`/broken.jsonl: file, line, reason and first bytes of `rows` (`file`, `at`, `reason`, `head`), of `total` in all.
+
+    Raises DataError naming the first three when they are too many.
+    """
+    broken = list(rows)
+    listed = [
+        {"file": str(files[row["file"]]), "line": line, "reason": row["reason"], "begins": row.get("head", "")}
+        for row, line in zip(broken, _line_numbers(files, broken), strict=True)
+    ]
     out_dir.mkdir(parents=True, exist_ok=True)
     write_bytes(out_dir / "broken.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in listed).encode())
     if len(broken) > max_broken_fraction * total:
@@ -181,7 +193,6 @@ def check_broken(rows: Dataset, files: list[Path], out_dir: Path, max_broken_fra
             f"{len(broken)} of {total} rows are broken, more than data.max_broken_fraction = {max_broken_fraction:g} allows. "
             f"First: {first}. All: {out_dir / 'broken.jsonl'}"
         )
-    return {"rows": total, "broken": len(broken), **{f"dropped: {reason}": dropped[reason] for reason in sorted(dropped)}}
 
 
 def _line_numbers(files: list[Path], rows: list[dict[str, Any]]) -> list[int]:

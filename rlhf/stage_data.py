@@ -24,23 +24,27 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     from data import examples, tokenizers
     from data.pipeline import prepare_text
 
-    limits = {"validation_fraction": recipe.data.validation_fraction, "max_broken_fraction": recipe.data.max_broken_fraction}
+    limits: dict[str, Any] = {
+        "validation_fraction": recipe.data.validation_fraction,
+        "max_broken_fraction": recipe.data.max_broken_fraction,
+    }
     made = {part: read_json(out / part / "manifest.json") for part in PARTS}
 
     monitor.progress(0, len(PARTS), "pretraining texts")
     if made["pretrain"] is None or not (out / "tokenizer" / "tokenizer.json").is_file():
         ready = _ready_tokenizer(recipe)
         source_of = _source_of(recipe, recipe.data.pretrain)
-        tokenizer = prepare_text(
+        prepare_text(
             list(source_of),
             recipe.tokenizer.vocab_size if ready is None else ready,
             out / "pretrain",
             shard_tokens=recipe.data.shard_tokens,
             more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction),
             source_of=list(source_of.values()),
+            tokenizer_dir=out / "tokenizer",
+            watch=monitor.progress,
             **limits,
         )
-        tokenizer.save(out / "tokenizer")
     tokenizer = tokenizers.load(out / "tokenizer")
     text = _report_part(monitor, out, "pretrain")
     for split in ("train", "validation"):
