@@ -92,7 +92,7 @@ def _task(work: Callable[[Any], Result], shared: ray.ObjectRef, folder: Path, ke
                 raise
             except Exception as error:
                 raise RuntimeError(f"{part.name}: {error!r}") from error
-            write_bytes(folder / f"{number:06d}.json", json.dumps({"key": key, "result": result}).encode())
+            write_marker(folder, number, key, result)
             tries.unlink(missing_ok=True)
             results.append(json.dumps(result))
         return pa.table({"part": pa.array(numbers, pa.int64()), "result": pa.array(results, pa.large_string())})
@@ -139,6 +139,11 @@ def _run(
                 ) from next_one.error
             raise next_one.error
         yield next_one
+
+
+def write_marker(folder: Path, number: int, key: str, result: Result) -> None:
+    """Say that a part is whole."""
+    write_bytes(folder / f"{number:06d}.json", json.dumps({"key": key, "result": result}).encode())
 
 
 def read_marker(folder: Path, number: int) -> dict[str, Any] | None:

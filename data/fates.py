@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 KEPT = ("train", "validation")
-BROKEN, QUALITY, DUPLICATE, NEAR, CONTAMINATED = "broken", "quality", "duplicate", "near-duplicate", "contaminated"
-FATES = (*KEPT, BROKEN, QUALITY, DUPLICATE, NEAR, CONTAMINATED)
+BROKEN, UNUSABLE, EXCLUDED = "broken", "unusable", "excluded"
+QUALITY, CONTAMINATED, DUPLICATE, NEAR, REMOVED = "quality", "contaminated", "duplicate", "near-duplicate", "removed"
+FATES = (*KEPT, BROKEN, UNUSABLE, EXCLUDED, QUALITY, CONTAMINATED, DUPLICATE, NEAR, REMOVED)
 """In the order of the steps that decide them."""
 
 ROW = pa.schema(
@@ -32,7 +33,8 @@ ROW = pa.schema(
         ("language_score", pa.float32()),
         ("fate", pa.string()),  # null until it is known
         ("reason", pa.string()),
-        ("of", pa.binary(16)),
+        ("of", pa.binary(16)),  # the document that it repeats
+        ("cluster", pa.int32()),  # how many documents are linked by repeating each other, if it was dropped for that; else 0
         ("tokens", pa.int32()),  # 0 where dropped
     ]
 )
@@ -62,6 +64,7 @@ def tally(rows: pa.Table) -> Tally:
         "languages": {
             r["language"]: [r["count_all"], r["bytes_sum"], r["kept_sum"]] for r in by_language.to_pylist() if r["language"] is not None
         },
+        "clusters": _clusters(rows),
         "samples": _samples(rows.filter(pa.array(~kept))),
     }
 
@@ -71,12 +74,14 @@ def merged(tallies: Iterable[Tally]) -> Tally:
     fates: dict[tuple[str, str | None], list[int]] = {}
     lengths: dict[str, int] = {}
     languages: dict[str, list[int]] = {}
+    clusters: dict[str, int] = {}
     samples: dict[str, list[list[Any]]] = {}
     for one in tallies:
         for fate, reason, *counts in one["fates"]:
             fates[fate, reason] = [a + b for a, b in zip(fates.get((fate, reason), [0, 0, 0]), counts, strict=True)]
-        for size, count in one["lengths"].items():
-            lengths[size] = lengths.get(size, 0) + count
+        for known, found_here in ((lengths, one["lengths"]), (clusters, one["clusters"])):
+            for size, count in found_here.items():
+                known[size] = known.get(size, 0) + count
         for language, counts in one["languages"].items():
             languages[language] = [a + b for a, b in zip(languages.get(language, [0, 0, 0]), counts, strict=True)]
         for reason, found in one["samples"].items():
@@ -86,6 +91,7 @@ def merged(tallies: Iterable[Tally]) -> Tally:
         "fates": [[fate, reason, *counts] for (fate, reason), counts in ordered],
         "lengths": {size: lengths[size] for size in sorted(lengths, key=int)},
         "languages": {name: languages[name] for name in sorted(languages, key=lambda name: (-languages[name][1], name))},
+        "clusters": {size: clusters[size] for size in sorted(clusters, key=int)},
         "samples": {reason: samples[reason] for reason in sorted(samples)},
     }
 
@@ -93,6 +99,12 @@ def merged(tallies: Iterable[Tally]) -> Tally:
 def of_fate(counts: Tally, *fates: str) -> int:
     """Documents with one of these fates."""
     return sum(documents for fate, _, documents, *_ in counts["fates"] if fate in fates)
+
+
+def _clusters(rows: pa.Table) -> dict[str, int]:
+    """Size of a cluster of repeating documents -> how many of its documents were dropped here."""
+    sizes, counts = np.unique(rows["cluster"].to_numpy(), return_counts=True)
+    return {str(size): int(count) for size, count in zip(sizes, counts, strict=True) if size}
 
 
 def _samples(dropped: pa.Table) -> dict[str, list[list[Any]]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,9 +20,14 @@ def flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def partial_path(path: Path) -> Path:
+    """Where to write what will be `path`. Another name each time: a task of a driver that was killed may still be writing there too."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write, flush to disk, then rename into place: readers see the old file or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     with open(partial, "wb") as file:
         file.write(data)
         flush(file)

@@ -3,14 +3,14 @@
     tokenizer = prepare_text(files, 4096, out, validation_fraction=0.03, max_broken_fraction=0.01, shard_tokens=10_000_000)
     train, validation = TokenShards(out / "train"), TokenShards(out / "validation")
 
-    part by part:  read -> clean -> id -> [signals, language, rules]                      (refine.py)
-    all together:  equal documents, nearly equal ones, those that evaluations hold        (compare.py)
-    part by part:  what is kept -> [vocabulary] -> tokens -> the part's own shards        (refine.py)
+    part by part:    read -> clean -> id -> [signals, language, rules]       refine.py
+    all together:    documents that are equal, or nearly                     clusters.py
+    part by part:    what is kept -> tokens -> the part's own shards         sharding.py
 
-A part is a fixed piece of the input, a function of the files and their sizes alone (`reading.plan_parts`). Its result is a few files
-in `out`/work and then in `out`, written by the worker that made them; the driver sees counts. So more nodes make every step faster,
-the bytes are the same for any number of workers, and a run that was killed goes on with the parts that were not done (engine.py).
-What became of every row of the input stays in `out`/documents (fates.py).
+A part is a fixed piece of the input, a function of the files' order and sizes alone. What is made of it is written by the worker that
+made it; the driver sees counts. So more nodes make every step faster, the bytes are the same for any number of workers, and a run
+that was killed goes on with the parts that were not done (engine.py). What became of every row of the input stays in
+`out`/documents (fates.py).
 """
 
 import hashlib
@@ -22,31 +22,32 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import ray
 
-from data import fates, tokenizers
+from data import stores, tokenizers
 from data.cleaning import id_array, shares
-from data.compare import compare
+from data.clusters import exact_duplicates
+from data.corpus import declare
 from data.engine import Result, Watch, each_part
 from data.errors import DataError
-from data.fates import BROKEN, DUPLICATE, KEPT
-from data.files import write_bytes, write_json
-from data.parts import Part, plan_parts
-from data.reading import quarantine
-from data.refine import Plan, Steps, kept_texts, read_rows, refine, tokenize, with_drops
-from data.shards import write_manifest
+from data.fates import BROKEN, KEPT
+from data.files import write_bytes
+from data.parts import KEYS, compared_rows, kept_texts, numbered, path_of, read_rows
+from data.reading import quarantine, refuse_too_many
+from data.refine import NOBODY, Steps, refine
+from data.sharding import Plan, shard
+from data.stores import File
 from data.tokenizers import Tokenizer, train
 
-COUNTED = ("documents", "tokens", "bytes_of_text")
 FORMAT = "roundhouse corpus 2"  # raise it when parts that are done under an earlier version must not be taken over
 PART_BYTES = 8 << 20
 VOCABULARY_BYTES = 2 << 30  # a vocabulary is learned from at most this much text: 2 GiB take minutes, and more changes little
-SPLITS = ("train", "validation")
 
 
 def prepare_text(
-    files: list[Path],
+    files: Sequence[File],
     tokenizer: Tokenizer | int,
     out_dir: Path,
     *,
@@ -71,58 +72,45 @@ def prepare_text(
     """
     (out_dir / "manifest.json").unlink(missing_ok=True)
     steps, names = steps or Steps(), list(source_of or [str(path) for path in files])
-    parts, work = plan_parts(files, part_bytes), out_dir / "work"
+    parts, work = numbered(files, part_bytes), out_dir / "work"
     key = _begin(out_dir, files, steps, part_bytes)
 
     read = each_part("refine", partial(refine, steps=steps, work=work), parts, work / "refined", key, watch)
-    rows, broken = sum(r["rows"] for r in read), sum(r["broken"] for r in read)
-    quarantine(files, _broken_rows(work, parts, read), rows, out_dir, max_broken_fraction)
-    compare(parts, read, work)
-    limit = _validation_limit(files, rows, work, parts, read, validation_fraction)
+    rows = sum(r["rows"] for r in read)
+    broken = quarantine(_broken_rows(work, read), files, out_dir / "broken.jsonl")
+    refuse_too_many(broken, rows, max_broken_fraction, out_dir / "broken.jsonl")
+    exact_duplicates([path_of(work, part.number, KEYS) for part in parts], work / "exact")
+    limit = _validation_limit(files, rows, work, read, validation_fraction)
     if isinstance(tokenizer, int):
-        tokenizer = _learned(tokenizer, work, parts, limit, more_texts)
+        tokenizer = _learned(tokenizer, work, len(parts), limit, more_texts)
 
     sources = list(dict.fromkeys(names))
     plan = Plan(ray.put(tokenizer), limit, tuple(sources.index(name) for name in names), shard_tokens)
     key = _digest(key, tokenizer.fingerprint, limit, names, shard_tokens)
-    made = each_part("tokenize", partial(tokenize, plan=plan, work=work, out=out_dir), parts, work / "tokenized", key, watch)
-
-    sizes = _sizes(made, sources)
-    manifests = {split: _declare(out_dir / split, made, split, tokenizer, sizes) for split in SPLITS}
-    counts = fates.merged(made)
-    kept = fates.of_fate(counts, *KEPT)
-    assert rows == sum(n for _, _, n, *_ in counts["fates"]), "a row has no fate, or two"
-    assert kept == sum(m["documents"] for m in manifests.values()), "a kept document is in no shard"
+    work_on = partial(shard, plan=plan, work=work, out=out_dir)
+    made = each_part("tokenize", work_on, parts, out_dir / "documents", key, watch)
     if tokenizer_dir is not None:
         tokenizer.save(tokenizer_dir)
-    write_json(
-        out_dir / "manifest.json",
-        {
-            "format": FORMAT,
-            "files": [str(path) for path in files],
-            "validation_fraction": validation_fraction,
-            "tokenizer": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "rows": rows,
-            "broken": broken,
-            "duplicates": fates.of_fate(counts, DUPLICATE),
-            **{split: {k: m[k] for k in COUNTED} for split, m in manifests.items()},
-            # Here and not in the splits' manifests, on whose hash the sample order depends: naming sources moves no sample.
-            "sources": [{"source": name, **sizes[name]} for name in sources],
-            **counts,
-        },
-    )
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "files": [str(path) for path in files],
+        "source_of": plan.source_of,
+        "parts": len(parts),
+        "validation_fraction": validation_fraction,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+    }
+    declare(out_dir, {**about, "about": ["about", *about], "sources": sources}, made)
     shutil.rmtree(work)
     return tokenizer
 
 
-def _begin(out_dir: Path, files: list[Path], steps: Steps, part_bytes: int) -> str:
+def _begin(out_dir: Path, files: Sequence[File], steps: Steps, part_bytes: int) -> str:
     """What parts are made of, as a short text; what was made of other things is taken away."""
-    stats = [path.stat() for path in files]
-    key = _digest(FORMAT, [str(path) for path in files], [[s.st_size, s.st_mtime_ns] for s in stats], repr(steps), part_bytes)
+    key = _digest(FORMAT, [stores.stamp(file) for file in files], repr(steps), part_bytes)
     began = out_dir / "work" / "key.txt"
     if not began.exists() or began.read_text() != key:
-        for name in ("work", "documents", *SPLITS):
+        for name in ("work", "documents", *KEPT):
             shutil.rmtree(out_dir / name, ignore_errors=True)
         began.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(began, key.encode())
@@ -133,22 +121,22 @@ def _digest(*things: Any) -> str:
     return hashlib.sha256(json.dumps(things).encode()).hexdigest()
 
 
-def _broken_rows(work: Path, parts: Sequence[Part], read: Sequence[Result]) -> Iterator[dict[str, Any]]:
-    for part, result in zip(parts, read, strict=True):
+def _broken_rows(work: Path, read: Sequence[Result]) -> Iterator[dict[str, Any]]:
+    for number, result in enumerate(read):
         if result["broken"]:
-            table = read_rows(work, part.number, ["file", "at", "fate", "reason", "head"])
-            yield from table.filter(pc.equal(table["fate"], BROKEN)).to_pylist()
+            table = read_rows(work, number, ["file", "at", "fate", "reason", "head"])
+            for row in table.filter(pc.equal(table["fate"], BROKEN)).to_pylist():
+                yield {"file": row["file"], "at": row["at"], "broken": row["reason"], "head": row["head"].encode()}
 
 
-def _validation_limit(files: list[Path], rows: int, work: Path, parts: Sequence[Part], read: Sequence[Result], fraction: float) -> int:
+def _validation_limit(files: Sequence[File], rows: int, work: Path, read: Sequence[Result], fraction: float) -> int:
     """Texts whose share is below this number are held out: about `fraction` of what is kept, and at least one text on either side."""
-    lowest, highest = 2**64, -1
-    for part, result in zip(parts, read, strict=True):
+    lowest, highest = NOBODY
+    for number, result in enumerate(read):
         low, high = result["lowest"], result["highest"]
-        if (work / f"{part.number:06d}.drops.parquet").exists():
-            table = with_drops(work, part.number)
-            left = shares(id_array(table["id"].filter(pc.is_null(table["fate"]))))
-            low, high = (int(left.min()), int(left.max())) if len(left) else (2**64, -1)
+        if low < lowest or high > highest:  # it counts, unless that one document is none of those that are kept
+            left = _open_shares(work, number)
+            low, high = (int(left.min()), int(left.max())) if len(left) else NOBODY
         lowest, highest = min(lowest, low), max(highest, high)
     if lowest >= highest:
         raise DataError(
@@ -158,7 +146,13 @@ def _validation_limit(files: list[Path], rows: int, work: Path, parts: Sequence[
     return min(max(int(fraction * 2**64), lowest + 1), highest)
 
 
-def _learned(vocab_size: int, work: Path, parts: Sequence[Part], limit: int, more_texts: Iterable[str]) -> Tokenizer:
+def _open_shares(work: Path, number: int) -> np.ndarray:
+    """The shares of a part's documents that nothing has dropped."""
+    table = compared_rows(work, number, ["id", "fate", "of"])
+    return shares(id_array(table["id"].filter(pc.is_null(table["fate"]))))
+
+
+def _learned(vocab_size: int, work: Path, parts: int, limit: int, more_texts: Iterable[str]) -> Tokenizer:
     """A vocabulary of the training texts, kept in `work`: a run that goes on needs not learn it again."""
     key = _digest(vocab_size, limit)
     kept = work / "tokenizer" / key
@@ -169,40 +163,14 @@ def _learned(vocab_size: int, work: Path, parts: Sequence[Part], limit: int, mor
     return learned
 
 
-def _training_texts(work: Path, parts: Sequence[Part], limit: int) -> Iterator[str]:
+def _training_texts(work: Path, parts: int, limit: int) -> Iterator[str]:
     size = 0
-    for part in parts:
-        table = with_drops(work, part.number)
+    for number in range(parts):
+        table = compared_rows(work, number, ["id", "fate", "of"])
         chosen = pc.is_null(table["fate"]).to_numpy()
-        chosen[chosen] = shares(id_array(table["id"].filter(chosen))) >= limit
-        for _, texts in kept_texts(work, part.number, chosen):
+        chosen[chosen] = shares(id_array(table["id"].filter(pc.is_null(table["fate"])))) >= limit
+        for _, texts in kept_texts(work, number, chosen):
             yield from texts
             size += sum(map(len, texts))
             if size > VOCABULARY_BYTES:
                 return
-
-
-def _sizes(made: Sequence[Result], sources: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
-    """Source -> split -> what it has there."""
-    sizes = {name: {split: dict.fromkeys(COUNTED, 0) for split in SPLITS} for name in sources}
-    for result in made:
-        for place, counts in result["sizes"].items():
-            number, split = place.split()
-            size = sizes[sources[int(number)]][split]
-            for name, count in zip(COUNTED, counts, strict=True):
-                size[name] += count
-    return sizes
-
-
-def _declare(
-    folder: Path, made: Sequence[Result], split: str, tokenizer: Tokenizer, sizes: dict[str, dict[str, dict[str, int]]]
-) -> dict[str, Any]:
-    """Write the manifest of a split over all parts' shards, in order, and take away what is none of them."""
-    entries = [entry for result in made for entry in result["shards"][split]]
-    text_bytes = sum(size[split]["bytes_of_text"] for size in sizes.values())
-    manifest = write_manifest(folder, entries, tokenizer.vocab_size, tokenizer.fingerprint, text_bytes)
-    names = {f"{entry['name']}.{suffix}" for entry in entries for suffix in ("bin", "idx")} | {"manifest.json"}
-    for path in folder.iterdir():
-        if path.name not in names:
-            path.unlink()
-    return manifest

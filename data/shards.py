@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data.errors import DataError
-from data.files import flush, sha256_of, write_bytes, write_json
+from data.files import flush, partial_path, sha256_of, write_bytes, write_json
 
 INDEX = np.dtype([("end", "<i8"), ("id", "V16")])
 FORMAT = "roundhouse token shards 1"
@@ -86,8 +86,8 @@ class ShardWriter:
             name = f"{self.prefix}{len(self.shards):05d}"
             flush(self._file)
             self._file.close()
+            os.replace(self._file.name, self.folder / f"{name}.bin")
             self._file = None
-            os.replace(self.folder / f"{name}.bin.partial", self.folder / f"{name}.bin")
             index = np.concatenate(self._index)
             write_bytes(self.folder / f"{name}.idx", index.tobytes())
             sums = {"bin_sha256": self._sum.hexdigest(), "idx_sha256": hashlib.sha256(index.tobytes()).hexdigest()}
@@ -99,8 +99,8 @@ class ShardWriter:
         return write_manifest(self.folder, self.close(), self.vocab_size, self.fingerprint, self.text_bytes)
 
     def _open_shard(self) -> None:
-        path = self.folder / f"{self.prefix}{len(self.shards):05d}.bin.partial"
-        self._file = open(path, "wb")  # noqa: SIM115 (`close` closes it)
+        path = self.folder / f"{self.prefix}{len(self.shards):05d}.bin"
+        self._file = open(partial_path(path), "wb")  # noqa: SIM115 (`close` closes it)
         self._sum, self._tokens, self._index = hashlib.sha256(), 0, []
 
 
@@ -124,6 +124,28 @@ def write_manifest(folder: Path, shards: list[dict[str, Any]], vocab_size: int, 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def rewritten(folder: Path, entry: dict[str, Any], ids: np.ndarray) -> dict[str, Any] | None:
+    """A shard without the documents of these `ids` (`V16` `[n]`): the manifest's new entry, None when nothing is left, the old one when it
+    holds none of them. The new files have another name, so that the manifest's old word holds until there is a new one."""
+    index = np.fromfile(folder / f"{entry['name']}.idx", INDEX)
+    stays = np.array([one.tobytes() not in {i.tobytes() for i in ids} for one in index["id"]])
+    if stays.all():
+        return entry
+    if not stays.any():
+        return None
+    bytes_each = (folder / f"{entry['name']}.bin").stat().st_size // entry["tokens"]
+    tokens = np.fromfile(folder / f"{entry['name']}.bin", f"<u{bytes_each}")
+    lengths = np.diff(index["end"], prepend=0)
+    base, _, version = entry["name"].partition("r")
+    name, index, tokens = f"{base}r{int(version or 0) + 1}", index[stays], tokens[np.repeat(stays, lengths)]
+    index["end"] = np.cumsum(lengths[stays])
+    new: dict[str, Any] = {"name": name, "documents": len(index), "tokens": len(tokens)}
+    for suffix, array in (("bin", tokens), ("idx", index)):
+        write_bytes(folder / f"{name}.{suffix}", array.tobytes())
+        new[f"{suffix}_sha256"] = hashlib.sha256(array.tobytes()).hexdigest()
+    return new
 
 
 class TokenShards:
