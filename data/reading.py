@@ -122,9 +122,9 @@ def read(files: Sequence[File], convert: Convert, schema: pa.Schema, fields: Map
                 if record.value is not None:
                     row |= convert(record.value)
             except Broken as error:
-                row |= {"broken": str(error), "head": head_of(record.value)}
+                row |= {"broken": _reason(error), "head": head_of(record.value)}
             except Dropped as error:
-                row["dropped"] = str(error)
+                row["dropped"] = _reason(error)
             rows.append(row)
             size += record.size
             if size >= BLOCK:
@@ -136,6 +136,11 @@ def read(files: Sequence[File], convert: Convert, schema: pa.Schema, fields: Map
     parts = plan_parts(files, max(RANGE, total // MOST_TASKS))
     tables = [pa.Table.from_pylist([vars(piece) for piece in part]) for part in parts]
     return ray.data.from_arrow(tables).map_batches(read_block, batch_format="pyarrow", batch_size=None)
+
+
+def _reason(error: Exception) -> str:
+    """A short text that can be stored: what a message quotes may be long, or hold half a surrogate pair."""
+    return str(error)[:500].encode(errors="backslashreplace").decode()
 
 
 def head_of(value: Any) -> bytes:
