@@ -56,7 +56,7 @@ def question(record: Mapping[str, Any]) -> tuple[list[Message], str | None]:
         return messages, None
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise Broken(f'"answer" must be a text or a number, this is a {type(answer).__name__}')
-    return messages, str(answer)
+    return messages, normalise(str(answer))
 
 
 def ranking(record: Mapping[str, Any]) -> tuple[list[Message], list[str], list[float]]:
