@@ -3,16 +3,17 @@
     make data-peers                                        # .venv-data-peers: datatrove, datasets
     python -m benchmarks.data --against datatrove,datasets --json data.json
 
-Rows are {"work", "ours", "peer", "theirs", "unit", "ratio"}; a ratio above 1 means that we are faster. Every figure is the median of `--rounds`
-processes, which take turns: ours, peer, peer, ours, ... All have 2 processes of one thread each.
+Rows are {"work", "ours", "peer", "theirs", "unit", "ratio"}; a ratio above 1 means that we are faster. Every figure is the median of
+`--rounds` processes, which take turns: ours, peer, peer, ours, ... All have 2 processes of one thread each.
 
     whole way        read, Gopher's repetition and quality rules, C4, FineWeb, MinHash, gpt2 tokens, shards on disk
     tokenize         texts -> gpt2 tokens -> files, beside `datasets.map` and beside two bare processes that do nothing else
     tokenize, fast   the same with gigatoken
 
-The text: speeches, the code of Python's standard library and the manual pages of this machine (real_text.py), at least `--megabytes` of it. The
-clock starts when a process has imported what it imports and, ours, when Ray is there: Ray's start (3 to 5 s, once) is nobody's, as the
-starts of the others' interpreters are not. Worker processes start within the time of both. What numba compiles is compiled before, as it is on every machine but for its first run.
+The text: speeches, the code of Python's standard library and the manual pages of this machine (real_text.py), at least `--megabytes` of
+it. The clock starts when a process has imported what it imports and, ours, when Ray is there: Ray's start (3 to 5 s, once) is
+nobody's, as the starts of the others' interpreters are not. Worker processes start within the time of both. What numba compiles is
+compiled before, as on every machine after its first run.
 """
 
 import json

@@ -1,6 +1,6 @@
 """What the peers of the data benchmarks do, one process each: WORK WHO FOLDER OUT STEPS. Run by .venv-data-peers; see data.py.
 
-FOLDER holds texts/*.jsonl ({"text"}), gpt2.json (tokenizer.json) and gpt2.tiktoken (ranks). Prints one line of JSON: {"rate": MB of text/s, ...}.
+FOLDER holds texts/*.jsonl ({"text"}), gpt2.json (tokenizer.json), gpt2.tiktoken (ranks). Prints a line of JSON: {"rate": MB of text/s}.
 """
 
 import base64
@@ -107,7 +107,7 @@ def bare_start(folder):
 
 
 def main() -> None:
-    work, who, folder, out = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    who, folder, out = sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
     size = json.loads((folder / "about.json").read_bytes())["bytes"] / 1e6
     if who == "loop":  # two processes that are ready, tiktoken and a file each
         files = sorted((folder / "texts").glob("*.jsonl"))

@@ -13,6 +13,7 @@ import subprocess
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from data.catalog import resolve
@@ -29,15 +30,14 @@ def write(folder: Path, cache_dir: Path, megabytes: int) -> int:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(kept, "".join(_rows(cache_dir, megabytes * 1_000_000)).encode())
     folder.mkdir(parents=True)
-    files, sizes, total = [open(folder / f"{i}.jsonl", "w", encoding="utf-8") for i in range(FILES)], [0] * FILES, 0
-    with open(kept, encoding="utf-8") as lines:
-        for line in lines:
+    sizes, total = [0] * FILES, 0
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(folder / f"{i}.jsonl", "w", encoding="utf-8")) for i in range(FILES)]
+        for line in stack.enter_context(open(kept, encoding="utf-8")):
             least = sizes.index(min(sizes))
             files[least].write(line)
             sizes[least] += len(line)
             total += len(json.loads(line)["text"].encode())
-    for file in files:
-        file.close()
     if total < 0.95 * megabytes * 1_000_000:
         raise SystemExit(f"this machine has {total / 1e6:.0f} MB of such text, not {megabytes}: lower --megabytes")
     return total

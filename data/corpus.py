@@ -23,8 +23,8 @@ from data.engine import Result, read_marker, write_marker
 from data.errors import DataError
 from data.fates import BROKEN, DUPLICATE, KEPT, REMOVED, UNUSABLE
 from data.files import write_json
-from data.parts import with_column, written
 from data.shards import rewritten, write_manifest
+from data.work import with_column, written
 
 COUNTED = ("documents", "tokens", "bytes_of_text")
 About = dict[str, Any]

@@ -1,106 +1,71 @@
-"""What a part of a corpus is, and the files that it has while it is being worked on.
+"""Files are cut into fixed pieces of work, whose records come in order whoever reads them.
 
-work/refined/000012.rows.parquet     every row of the part: columns of fates.ROW and one for each signal
-work/refined/000012.texts.parquet    the texts that may be kept, with their row
-work/refined/000012.keys.parquet     ids, and what nearly equal texts share, of those: what documents are compared by
-work/exact/, work/near/              which rows the comparison drops (clusters.py)
+for part in plan_parts([Path("a.jsonl"), "s3://bucket/b.parquet"], 64 << 20):
+    for record in records(part): ...
 """
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from data import reading
-from data.clusters import dropped_rows
-from data.fates import DUPLICATE, NEAR, ROW
-from data.files import partial_path
-from data.readers import Piece
-from data.stores import File
-
-ROWS, TEXTS, KEYS = "rows", "texts", "keys"
-COMPARED = ((DUPLICATE, "exact"), (NEAR, "near"))  # fate, and the folder that says whose
+from data.errors import DataError
+from data.readers import Piece, Record, divisible, format_of, read_piece
+from data.stores import File, is_uri, local, size_of
 
 
-class Part(NamedTuple):
-    """A fixed piece of the input, and its place among all."""
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring byte ranges of one file or more."""
 
     number: int
     pieces: tuple[Piece, ...]
 
     @property
     def size(self) -> int:
-        """Stored bytes."""
+        """Bytes as they are stored."""
         return sum(piece.stop - piece.start for piece in self.pieces)
 
     @property
     def name(self) -> str:
-        first, *more = self.pieces
-        at = f" from byte {first.start:,}" if first.start else ""
-        return f"{first.path}{at}" + (f" and {len(more)} more" if more else "")
+        """For messages."""
+        first = self.pieces[0]
+        more = f" and {len(self.pieces) - 1} more files" if len(self.pieces) > 1 else ""
+        return f"{first.path}{f' from byte {first.start}' if first.start else ''}{more}"
 
 
-def numbered(files: Sequence[File], part_bytes: int) -> list[Part]:
-    """The parts of these files, see `reading.plan_parts`."""
-    return [Part(number, pieces) for number, pieces in enumerate(reading.plan_parts(files, part_bytes))]
+def plan_parts(files: Sequence[File], part_bytes: int) -> list[Part]:
+    """What is read together: neighbouring ranges and files of about `part_bytes` stored bytes. A function of the files' order and sizes.
 
-
-def path_of(work: Path, number: int, what: str) -> Path:
-    """Where a part's ROWS, TEXTS or KEYS are."""
-    return work / "refined" / f"{number:06d}.{what}.parquet"
-
-
-def read_rows(work: Path, number: int, columns: list[str] | None = None) -> pa.Table:
-    """A part's rows as the first pass found them."""
-    return pq.read_table(path_of(work, number, ROWS), columns=columns)
-
-
-def compared_rows(work: Path, number: int, columns: list[str] | None = None) -> pa.Table:
-    """A part's rows with the fates that the comparison with other documents gave them."""
-    rows = read_rows(work, number, columns)
-    for fate, folder in COMPARED:
-        if not (work / folder / "manifest.json").exists():
-            continue
-        dropped = dropped_rows(work / folder, number)
-        at = dropped["row"].to_numpy()
-        if len(at):
-            for name, new in (("fate", [fate] * len(at)), ("of", dropped["kept"].to_pylist()), ("cluster", dropped["cluster"].to_pylist())):
-                if name in rows.column_names:
-                    values = np.array(rows[name].to_pylist(), object)
-                    values[at] = new
-                    rows = with_column(rows, name, pa.array(values, ROW.field(name).type))
-    return rows
-
-
-def with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    """The table with other values in one of its columns."""
-    return table.set_column(table.schema.get_field_index(name), name, values)
-
-
-def kept_texts(work: Path, number: int, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Batches of (row numbers int64 `[n]`, texts) of those of a part's rows that are `chosen` (bool `[rows]`)."""
-    with pq.ParquetFile(path_of(work, number, TEXTS)) as file:
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group)
-            row = table["row"].to_numpy()
-            here = chosen[row]
-            if here.any():
-                yield row[here], table["text"].filter(pa.array(here)).to_pylist()
-
-
-@contextmanager
-def written(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A parquet file that has its name only when it is whole.
-
-    Text: 6.5 ms of a core per MB to write and read it with zstd, for a quarter of the space; 4.3 with lz4, 1.2 plain.
+    Plain .jsonl and .parquet are cut into ranges, all else is read whole: a .gz of 10 GB is one part. No row depends on where the cuts
+    are. Raises DataError for missing files, unknown formats, and when all files are empty.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    with pq.ParquetWriter(partial, schema, compression="zstd", compression_level=1, use_dictionary=False) as file:
-        yield file
-    os.replace(partial, path)
+    for file in files:
+        format_of(file)
+    sizes = [size_of(file) for file in files]
+    if not sum(sizes):
+        raise DataError(f"no data: {', '.join(map(str, files)) or 'no file was given'} hold no byte")
+    parts: list[list[Piece]] = [[]]
+    held = 0
+    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
+        path = file if is_uri(file) else str(local(file))
+        cuts = range(0, size, part_bytes) if divisible(file) else range(1)
+        for start in cuts:
+            stop = size if start == cuts[-1] else start + part_bytes
+            if held + stop - start > part_bytes and parts[-1]:
+                parts.append([])
+                held = 0
+            parts[-1].append(Piece(number, path, start, stop))
+            held += stop - start
+    return [Part(i, tuple(part)) for i, part in enumerate(parts)]
+
+
+def records(part: Part, fields: Mapping[str, str] | None = None) -> Iterator[Record]:
+    """The records of a part, in order, in bounded memory. What cannot be read is a record with the reason (see `readers`).
+
+    `fields` says under which name a file has what we call by ours: with {"text": "content"} a record's "content" is its "text".
+    """
+    for piece in part.pieces:
+        for record in read_piece(piece):
+            if fields and record.value is not None:
+                value = record.value | {ours: record.value.get(theirs) for ours, theirs in fields.items()}
+                record = record._replace(value=value)
+            yield record

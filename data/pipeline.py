@@ -34,12 +34,13 @@ from data.engine import Result, Watch, each_part
 from data.errors import DataError
 from data.fates import BROKEN, KEPT
 from data.files import write_bytes
-from data.parts import KEYS, compared_rows, kept_texts, numbered, path_of, read_rows
-from data.reading import quarantine, refuse_too_many
+from data.parts import plan_parts
+from data.reading import quarantine
 from data.refine import NOBODY, Steps, refine
 from data.sharding import Plan, shard
 from data.stores import File
 from data.tokenizers import Tokenizer, train
+from data.work import KEYS, compared_rows, kept_texts, path_of, read_rows
 
 FORMAT = "roundhouse corpus 2"  # raise it when parts that are done under an earlier version must not be taken over
 PART_BYTES = 8 << 20
@@ -72,13 +73,12 @@ def prepare_text(
     """
     (out_dir / "manifest.json").unlink(missing_ok=True)
     steps, names = steps or Steps(), list(source_of or [str(path) for path in files])
-    parts, work = numbered(files, part_bytes), out_dir / "work"
+    parts, work = plan_parts(files, part_bytes), out_dir / "work"
     key = _begin(out_dir, files, steps, part_bytes)
 
     read = each_part("refine", partial(refine, steps=steps, work=work), parts, work / "refined", key, watch)
     rows = sum(r["rows"] for r in read)
-    broken = quarantine(_broken_rows(work, read), files, out_dir / "broken.jsonl")
-    refuse_too_many(broken, rows, max_broken_fraction, out_dir / "broken.jsonl")
+    quarantine(files, _broken_rows(work, read), rows, out_dir, max_broken_fraction)
     exact_duplicates([path_of(work, part.number, KEYS) for part in parts], work / "exact")
     limit = _validation_limit(files, rows, work, read, validation_fraction)
     if isinstance(tokenizer, int):
@@ -125,8 +125,7 @@ def _broken_rows(work: Path, read: Sequence[Result]) -> Iterator[dict[str, Any]]
     for number, result in enumerate(read):
         if result["broken"]:
             table = read_rows(work, number, ["file", "at", "fate", "reason", "head"])
-            for row in table.filter(pc.equal(table["fate"], BROKEN)).to_pylist():
-                yield {"file": row["file"], "at": row["at"], "broken": row["reason"], "head": row["head"].encode()}
+            yield from table.filter(pc.equal(table["fate"], BROKEN)).to_pylist()
 
 
 def _validation_limit(files: Sequence[File], rows: int, work: Path, read: Sequence[Result], fraction: float) -> int:

@@ -1,8 +1,6 @@
 """Files become rows, in file order, whatever the number of workers.
 
     rows = read([Path("a.jsonl"), "s3://bucket/b.parquet"], convert, schema)  # a Ray Dataset; convert(record) -> columns, or raises
-    parts = plan_parts(files, 64 << 20)                                       # or by hand: fixed pieces of work
-    for record in records(parts[0]): ...
 
 `readers.py` says which formats there are. A row carries `file` and `at` (the byte where its line begins, or its number in a parquet or
 WARC file: its identity and its place in the order) and, if it did not make it, why: `broken` (unreadable: the fault of the data)
@@ -26,12 +24,11 @@ from ray.data import DataContext, Dataset
 
 from data.errors import DataError
 from data.files import write_bytes
-from data.readers import HEAD, Damaged, Piece, Record, divisible, format_of, opened, read_piece
-from data.stores import File, is_uri, local, size_of
+from data.parts import Part, plan_parts, records
+from data.readers import HEAD, Damaged, Piece, format_of, opened
+from data.stores import File, size_of
 
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
-Part = tuple[Piece, ...]
-"""A fixed piece of work: neighbouring byte ranges of one file or more."""
 ROW = [
     ("file", pa.int32()),
     ("at", pa.int64()),
@@ -67,45 +64,6 @@ def ordered() -> Iterator[None]:
         logger.setLevel(before[2])
 
 
-def plan_parts(files: Sequence[File], part_bytes: int) -> list[Part]:
-    """What is read together: neighbouring ranges and files of about `part_bytes` stored bytes. A function of the files' order and sizes.
-
-    Plain .jsonl and .parquet are cut into ranges, all else is read whole: a .gz of 10 GB is one part. No row depends on where the cuts
-    are. Raises DataError for missing files, unknown formats, and when all files are empty.
-    """
-    for file in files:
-        format_of(file)
-    sizes = [size_of(file) for file in files]
-    if not sum(sizes):
-        raise DataError(f"no data: {', '.join(map(str, files)) or 'no file was given'} hold no byte")
-    parts: list[list[Piece]] = [[]]
-    held = 0
-    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
-        path = file if is_uri(file) else str(local(file))
-        cuts = range(0, size, part_bytes) if divisible(file) else range(1)
-        for start in cuts:
-            stop = size if start == cuts[-1] else start + part_bytes
-            if held + stop - start > part_bytes and parts[-1]:
-                parts.append([])
-                held = 0
-            parts[-1].append(Piece(number, path, start, stop))
-            held += stop - start
-    return [tuple(part) for part in parts]
-
-
-def records(part: Part, fields: Mapping[str, str] | None = None) -> Iterator[Record]:
-    """The records of a part, in order, in bounded memory. What cannot be read is a record with the reason (see `readers`).
-
-    `fields` says under which name a file has what we call by ours: with {"text": "content"} a record's "content" is its "text".
-    """
-    for piece in part:
-        for record in read_piece(piece):
-            if fields and record.value is not None:
-                value = record.value | {ours: record.value.get(theirs) for ours, theirs in fields.items()}
-                record = record._replace(value=value)
-            yield record
-
-
 def read(files: Sequence[File], convert: Convert, schema: pa.Schema, fields: Mapping[str, str] | None = None) -> Dataset:
     """Rows of all files with the columns of `schema` (null where a row is broken or dropped) after those of ROW.
 
@@ -116,15 +74,15 @@ def read(files: Sequence[File], convert: Convert, schema: pa.Schema, fields: Map
     def read_block(block: pa.Table) -> Iterator[pa.Table]:
         rows: list[dict[str, Any]] = []
         size = 0
-        for record in records(tuple(Piece(**piece) for piece in block.to_pylist()), fields):
+        for record in records(Part(0, tuple(Piece(**piece) for piece in block.to_pylist())), fields):
             row = {"file": record.file, "at": record.at, "broken": record.broken, "dropped": record.dropped, "head": record.head or None}
             try:
                 if record.value is not None:
                     row |= convert(record.value)
             except Broken as error:
-                row |= {"broken": str(error), "head": head_of(record.value)}
+                row |= {"broken": _reason(error), "head": head_of(record.value)}
             except Dropped as error:
-                row["dropped"] = str(error)
+                row["dropped"] = _reason(error)
             rows.append(row)
             size += record.size
             if size >= BLOCK:
@@ -134,8 +92,13 @@ def read(files: Sequence[File], convert: Convert, schema: pa.Schema, fields: Map
 
     total = sum(size_of(file) for file in files)
     parts = plan_parts(files, max(RANGE, total // MOST_TASKS))
-    tables = [pa.Table.from_pylist([vars(piece) for piece in part]) for part in parts]
+    tables = [pa.Table.from_pylist([vars(piece) for piece in part.pieces]) for part in parts]
     return ray.data.from_arrow(tables).map_batches(read_block, batch_format="pyarrow", batch_size=None)
+
+
+def _reason(error: Exception) -> str:
+    """A short text that can be stored: what a message quotes may be long, or hold half a surrogate pair."""
+    return str(error)[:500].encode(errors="backslashreplace").decode()
 
 
 def head_of(value: Any) -> bytes:
@@ -146,8 +109,8 @@ def head_of(value: Any) -> bytes:
 def check_broken(rows: Dataset, files: Sequence[File], out_dir: Path, max_broken_fraction: float) -> dict[str, int]:
     """Write `out_dir`/broken.jsonl (see `quarantine`; also when there is none) and count.
 
-    Returns {"rows", "broken"} and, per reason, "dropped: reason". Raises DataError naming the first three when more than
-    `max_broken_fraction` of the rows are broken.
+    Returns {"rows", "broken"} and, per reason, "dropped: reason". Raises DataError when more than `max_broken_fraction` of the rows
+    are broken.
     """
     total, broken, dropped = 0, [], dict[str, int]()
     for batch in rows.select_columns([name for name, _ in ROW]).iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -155,40 +118,32 @@ def check_broken(rows: Dataset, files: Sequence[File], out_dir: Path, max_broken
         fates = pa.compute.or_(pa.compute.is_valid(batch["broken"]), pa.compute.is_valid(batch["dropped"]))
         for row in batch.filter(fates).to_pylist():
             if row["broken"]:
-                broken.append(row)
+                head = (row["head"] or b"").decode(errors="backslashreplace")
+                broken.append({"file": row["file"], "at": row["at"], "reason": row["broken"], "head": head})
             else:
                 dropped[row["dropped"]] = dropped.get(row["dropped"], 0) + 1
-    refuse_too_many(quarantine(broken, files, out_dir / "broken.jsonl"), total, max_broken_fraction, out_dir / "broken.jsonl")
+    quarantine(files, broken, total, out_dir, max_broken_fraction)
     return {"rows": total, "broken": len(broken), **{f"dropped: {reason}": dropped[reason] for reason in sorted(dropped)}}
 
 
-def quarantine(broken: Iterable[Mapping[str, Any]], files: Sequence[File], path: Path) -> list[dict[str, Any]]:
-    """List rows with `file`, `at`, `broken` and `head` in `path`, a jsonl of {"file", "line", "reason", "head"}; returns it.
+def quarantine(files: Sequence[File], rows: Iterable[Mapping[str, Any]], total: int, out_dir: Path, max_broken_fraction: float) -> None:
+    """Write `out_dir`/broken.jsonl: file, line (or number of the record, from 1), reason and first bytes of `rows` (`file`, `at`,
+    `reason`, `head`), of `total` in all.
 
-    `line` is the number of the record, from 1, where a file has no lines."""
-    broken = list(broken)
-    lines = _line_numbers(files, broken)
+    Raises DataError naming the first three when they are too many.
+    """
+    broken = list(rows)
     listed = [
-        {
-            "file": str(files[row["file"]]),
-            "line": line,
-            "reason": row["broken"],
-            "head": (row["head"] or b"").decode(errors="backslashreplace"),
-        }
-        for row, line in zip(broken, lines, strict=True)
+        {"file": str(files[row["file"]]), "line": line, "reason": row["reason"], "begins": row.get("head", "")}
+        for row, line in zip(broken, _line_numbers(files, broken), strict=True)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in listed).encode())
-    return listed
-
-
-def refuse_too_many(listed: Sequence[Mapping[str, Any]], total: int, max_broken_fraction: float, path: Path) -> None:
-    """Raises DataError naming the first three of the rows `listed` in `path`, when they are too many of `total`."""
-    if len(listed) > max_broken_fraction * total:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_bytes(out_dir / "broken.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in listed).encode())
+    if len(broken) > max_broken_fraction * total:
         first = "; ".join(f"{row['file']}, line {row['line']}: {row['reason']}" for row in listed[:3])
         raise DataError(
-            f"{len(listed)} of {total} rows are broken, more than data.max_broken_fraction = {max_broken_fraction:g} allows. "
-            f"First: {first}. All: {path}"
+            f"{len(broken)} of {total} rows are broken, more than data.max_broken_fraction = {max_broken_fraction:g} allows. "
+            f"First: {first}. All: {out_dir / 'broken.jsonl'}"
         )
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.cleaning import id_array, normalise, shares, text_id
+from data.cleaning import OFF, Cleaning, cleaned, id_array, shares, text_id
 from data.engine import Result
 from data.fates import BROKEN, HEAD, ROW, UNUSABLE
-from data.parts import KEYS, ROWS, TEXTS, Part, path_of, written
-from data.reading import Broken, Dropped, head_of, records
+from data.parts import Part, records
+from data.reading import Broken, Dropped, head_of
+from data.work import KEYS, ROWS, TEXTS, path_of, written
 
 BATCH = 4 << 20  # bytes of input that go through the steps together: few calls, and little memory
 BATCH_ROWS = 8192
@@ -31,6 +32,10 @@ TEXT = pa.schema([("row", pa.int64()), ("text", pa.large_string())])
 class Steps:
     """What is done to documents, beyond normal form and an id."""
 
+    fields: tuple[tuple[str, str], ...] = ()
+    """Our name of a field, and a file's name for it."""
+    cleaning: Cleaning = OFF
+
 
 def refine(part: Part, steps: Steps, work: Path) -> Result:
     """Write a part's rows, texts and keys, and count."""
@@ -38,7 +43,7 @@ def refine(part: Part, steps: Steps, work: Path) -> Result:
     lowest, highest = NOBODY
     with ExitStack() as stack:
         files: dict[str, Any] = {}
-        for batch in _batches(part):
+        for batch in _batches(part, steps):
             tables = _refined(batch, counts["rows"], steps)
             for what, table in tables.items():
                 if what not in files:
@@ -63,18 +68,18 @@ class _Row:
     reason: str | None = None
 
 
-def _batches(part: Part) -> Iterator[list[_Row]]:
+def _batches(part: Part, steps: Steps) -> Iterator[list[_Row]]:
     """All rows of a part; at least one batch, even if it is empty."""
     batch: list[_Row] = []
     size = 0
-    for record in records(part.pieces):
+    for record in records(part, dict(steps.fields)):
         row = _Row(record.file, record.at)
         if record.value is None:
             row.fate, row.reason = (BROKEN, record.broken) if record.broken else (UNUSABLE, record.dropped)
             row.head = record.head.decode(errors="backslashreplace")
         else:
             try:
-                row.text, row.id = _clean(record.value)
+                row.text, row.id = _clean(record.value, steps.cleaning)
                 row.head = " ".join(row.text[:HEAD].split())
             except Broken as error:
                 row.fate, row.reason, row.head = BROKEN, str(error), head_of(record.value).decode(errors="backslashreplace")
@@ -88,13 +93,17 @@ def _batches(part: Part) -> Iterator[list[_Row]]:
     yield batch
 
 
-def _clean(record: dict[str, Any]) -> tuple[str, bytes]:
-    """A record's text in normal form, and its id; Broken when it has none."""
+def _clean(record: dict[str, Any], cleaning: Cleaning) -> tuple[str, bytes]:
+    """A record's clean text, and its id; Broken when it has none, Dropped when there is nothing left of it."""
     text = record.get("text")
     if not isinstance(text, str) or not text.strip():
+        if cleaning.drop_missing and (text is None or isinstance(text, str)):
+            raise Dropped("no text")
         raise Broken('no text: {"text": "..."} with something in it is needed')
-    text = normalise(text)
     try:
+        text = cleaned(text, cleaning)
+        if not text.strip():
+            raise Dropped("no text is left after cleaning")
         return text, text_id(text)
     except UnicodeEncodeError as error:
         raise Broken(f"no text: half a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start}") from None

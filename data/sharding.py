@@ -16,9 +16,10 @@ from data.cleaning import id_array, shares
 from data.corpus import summary
 from data.engine import Result, fetched
 from data.fates import KEPT
-from data.parts import Part, compared_rows, kept_texts, with_column, written
+from data.parts import Part
 from data.shards import ShardWriter
 from data.tokenizers import Tokenizer
+from data.work import compared_rows, kept_texts, with_column, written
 
 
 @dataclass(frozen=True)

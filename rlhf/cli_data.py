@@ -65,7 +65,7 @@ def data_drop(
     gone = remove(run_dir, doc)
     _show(gone, "tokens")
     say(
-        f"{len(gone)} documents are out of {run_dir / 'data' / 'pretrain'}; what was trained on it is out of date, the next run makes it again"
+        f"{len(gone)} documents are out of {run_dir / 'data' / 'pretrain'}; what was trained on it is out of date, the next run does it again"
     )
 
 

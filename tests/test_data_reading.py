@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from data import readers
 from data.errors import DataError
+from data.parts import plan_parts, records
 from data.readers import Record
-from data.reading import plan_parts, quarantine, records
+from data.reading import quarantine
 from data.stores import File, find, size_of
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -84,7 +85,7 @@ def test_parts_are_neighbours_of_about_the_size_asked_for(tmp_path: Path) -> Non
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(b"x" * size)
     files: list[File] = [tmp_path / name for name in sizes]
-    parts = [[(p.file, p.start, p.stop) for p in part] for part in plan_parts(files, 100)]
+    parts = [[(p.file, p.start, p.stop) for p in part.pieces] for part in plan_parts(files, 100)]
     assert parts == [[(0, 0, 100)], [(0, 100, 200)], [(0, 200, 250), (1, 0, 30)], [(2, 0, 30)], [(3, 0, 500)], [(4, 0, 0)]]
     with pytest.raises(DataError, match="no byte"):
         plan_parts([tmp_path / "f.jsonl"], 100)
@@ -105,9 +106,14 @@ def test_a_file_that_is_cut_short_gives_what_is_whole_and_one_broken_row(tmp_pat
     assert [record.value for record in found[:-1]] == rows[: len(found) - 1]
     assert "the rest of the file is lost" in (found[-1].broken or "")
     assert json.dumps(rows[len(found) - 1]).encode().startswith(found[-1].head[:50].strip())
-    (listed,) = quarantine([r._asdict() for r in found if r.broken], [path], tmp_path / "broken.jsonl")
-    assert listed["line"] == as_jsonl(rows)[: found[-1].at].count(b"\n") + 1
-    assert json.loads((tmp_path / "broken.jsonl").read_text()) == listed
+    quarantine([path], [{"file": 0, "at": r.at, "reason": r.broken, "head": "x"} for r in found if r.broken], len(found), tmp_path, 1)
+    listed = json.loads((tmp_path / "broken.jsonl").read_text())
+    assert listed == {
+        "file": str(path),
+        "line": as_jsonl(rows)[: found[-1].at].count(b"\n") + 1,
+        "reason": found[-1].broken,
+        "begins": "x",
+    }
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
