@@ -21,11 +21,14 @@ import tiktoken
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
+from data import fast_tokens
 from data.encodings import END_OF_TEXT, END_OF_TURN, PATTERNS, SPECIAL_TOKENS, named_ranks, rank_file, read_ranks
 from data.errors import DataError
 from data.files import write_bytes, write_json
 from data.templates import CHAT_TEMPLATE, PLAIN_TEMPLATE, render
 from data.tokenizer_json import byte_of_symbol, tokenizer_json
+
+NO_SPECIALS: frozenset[str] = frozenset()
 
 
 class Tokenizer(ABC):
@@ -70,6 +73,15 @@ class Tokenizer(ABC):
         """`encode` for many. One thread: Ray Data runs one such loop per core."""
         return [self.encode(text) for text in texts]
 
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Documents as they stand in a token stream: uint32 `[t]`, each text's ids and `end_of_text`, and their lengths, int64 `[n]`."""
+        return self._flat([np.array(self.encode(text), np.uint32) for text in texts])
+
+    def _flat(self, encoded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        end = np.array([self.end_of_text], np.uint32)
+        lengths = np.array([len(ids) + 1 for ids in encoded], np.int64)
+        return np.concatenate([end[:0], *(part for ids in encoded for part in (ids, end))]), lengths
+
     @cached_property
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text per id, int64 `[vocab_size]`, 0 for special ids: bits per byte = nats / ln 2 / byte_lengths[ids].sum()."""
@@ -77,7 +89,10 @@ class Tokenizer(ABC):
 
 
 class BytePairTokenizer(Tokenizer):
-    """A byte-level BPE run by tiktoken."""
+    """A byte-level BPE run by tiktoken; `encode_flat` by gigatoken, where it is installed and proves to give the same ids."""
+
+    fast = True
+    """False leaves all work to tiktoken."""
 
     def __init__(
         self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int], chat_template: str = CHAT_TEMPLATE
@@ -99,6 +114,18 @@ class BytePairTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        fast = fast_tokens.of(self, texts) if self.fast else None
+        encoded = [None if fast is None else fast.encode(text) for text in texts]
+        return self._flat([self._encode_array(text) if ids is None else ids for text, ids in zip(texts, encoded, strict=True)])
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        """`encode` without a Python list of its ids, which takes a fifth of the time."""
+        try:
+            return np.frombuffer(self.encoding._core_bpe.encode_to_tiktoken_buffer(text, NO_SPECIALS), np.uint32)
+        except UnicodeEncodeError:  # half a surrogate pair
+            return np.array(self.encode(text), np.uint32)
 
     def encode_template(self, text: str) -> list[int]:
         return self.encoding.encode(text, allowed_special="all")
