@@ -14,7 +14,7 @@ PART_BYTES = 8 << 20
 
 
 def main() -> None:
-    work, folder, out = sys.argv[1], Path(sys.argv[3]), Path(sys.argv[4])
+    folder, out = Path(sys.argv[3]), Path(sys.argv[4])
     about = json.loads((folder / "about.json").read_bytes())
     files = sorted((folder / "texts").glob("*.jsonl"))
     tokenizer = named("gpt2", about["cache_dir"])

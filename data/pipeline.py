@@ -28,7 +28,7 @@ import ray
 
 from data import stores, tokenizers
 from data.cleaning import id_array, shares
-from data.clusters import exact_duplicates
+from data.clusters import exact_duplicates, near_duplicates
 from data.corpus import declare
 from data.engine import Result, Watch, each_part
 from data.errors import DataError
@@ -80,6 +80,8 @@ def prepare_text(
     rows = sum(r["rows"] for r in read)
     quarantine(files, _broken_rows(work, read), rows, out_dir, max_broken_fraction)
     exact_duplicates([path_of(work, part.number, KEYS) for part in parts], work / "exact")
+    if steps.near_duplicates:
+        near_duplicates([path_of(work, part.number, KEYS) for part in parts], work / "near", without=work / "exact")
     limit = _validation_limit(files, rows, work, read, validation_fraction)
     if isinstance(tokenizer, int):
         tokenizer = _learned(tokenizer, work, len(parts), limit, more_texts)

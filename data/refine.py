@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from data import minhash
 from data.cleaning import OFF, Cleaning, cleaned, id_array, shares, text_id
 from data.engine import Result
 from data.fates import BROKEN, HEAD, ROW, UNUSABLE
 from data.parts import Part, records
 from data.reading import Broken, Dropped, head_of
+from data.words import in_characters
 from data.work import KEYS, ROWS, TEXTS, path_of, written
 
 BATCH = 4 << 20  # bytes of input that go through the steps together: few calls, and little memory
@@ -35,6 +37,7 @@ class Steps:
     fields: tuple[tuple[str, str], ...] = ()
     """Our name of a field, and a file's name for it."""
     cleaning: Cleaning = OFF
+    near_duplicates: bool = False
 
 
 def refine(part: Part, steps: Steps, work: Path) -> Result:
@@ -106,7 +109,7 @@ def _clean(record: dict[str, Any], cleaning: Cleaning) -> tuple[str, bytes]:
             raise Dropped("no text is left after cleaning")
         return text, text_id(text)
     except UnicodeEncodeError as error:
-        raise Broken(f"no text: half a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start}") from None
+        raise Broken(f"no text: half a surrogate pair, \\u{ord(error.object[error.start]):04x}, at character {error.start}") from None
 
 
 def _refined(batch: list[_Row], first: int, steps: Steps) -> dict[str, pa.Table]:
@@ -130,5 +133,13 @@ def _refined(batch: list[_Row], first: int, steps: Steps) -> dict[str, pa.Table]
     rows = pa.table(columns, schema=ROW)
     here = pa.array(np.array([kind is None for kind in fate], bool))
     texts = pa.table([pa.array(np.flatnonzero(here) + first), text.filter(here)], schema=TEXT)
-    keys = pa.table({"id": pa.compute.if_else(here, rows["id"], pa.scalar(None, pa.binary(16)))})
-    return {ROWS: rows, TEXTS: texts, KEYS: keys}
+    return {ROWS: rows, TEXTS: texts, KEYS: _keys(rows["id"], texts["text"], here, steps)}
+
+
+def _keys(ids: pa.ChunkedArray, texts: pa.ChunkedArray, here: pa.Array, steps: Steps) -> pa.Table:
+    """What documents are compared by, for all rows: null where they are not `here`."""
+    keys = {"id": ids.filter(here)}
+    if steps.near_duplicates:
+        keys |= minhash.columns(texts.combine_chunks(), in_characters(texts.combine_chunks()))
+    place = pa.compute.subtract(pa.compute.cumulative_sum(pa.compute.cast(here, pa.int64())), 1)
+    return pa.table(keys).take(pa.compute.if_else(here, place, None))

@@ -54,7 +54,7 @@ def shard(part: Part, plan: Plan, work: Path, out: Path) -> Result:
         for name in KEPT
     }
     for row, texts in kept_texts(work, part.number, kept):
-        flat, lengths = encode_flat(tokenizer, texts)
+        flat, lengths = tokenizer.encode_flat(texts)
         tokens[row] = lengths
         for name, writer in writers.items():
             here = split[row] == name
@@ -67,10 +67,3 @@ def shard(part: Part, plan: Plan, work: Path, out: Path) -> Result:
     with written(out / "documents" / f"{part.number:06d}.parquet", rows.schema) as file:
         file.write_table(rows)
     return {"shards": {name: writer.close() for name, writer in writers.items()}, **summary(rows, plan.source_of)}
-
-
-def encode_flat(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """All texts' ids, each text's followed by end_of_text, uint32 `[t]`, and how many each has, int64 `[n]`."""
-    encoded = [[*ids, tokenizer.end_of_text] for ids in tokenizer.encode_batch(texts)]
-    lengths = np.array([len(ids) for ids in encoded], np.int64)
-    return np.fromiter((token for ids in encoded for token in ids), np.uint32, lengths.sum()), lengths

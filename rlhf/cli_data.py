@@ -64,9 +64,7 @@ def data_drop(
 
     gone = remove(run_dir, doc)
     _show(gone, "tokens")
-    say(
-        f"{len(gone)} documents are out of {run_dir / 'data' / 'pretrain'}; what was trained on it is out of date, the next run does it again"
-    )
+    say(f"{len(gone)} documents are out of {run_dir / 'data' / 'pretrain'}; what was trained on it is out of date")
 
 
 def _show(documents: "list[Found]", tokens: str) -> None:
