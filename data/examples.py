@@ -17,7 +17,7 @@ by the hash of what comes before the first answer, so one question is never on b
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from data.errors import DataError
 from data.files import sha256_of, write_json
 from data.formats import conversation, question, ranking
 from data.reading import Broken, Dropped, check_broken, ordered, read
+from data.stores import File
 from data.templates import Message
 from data.tokenizers import Tokenizer
 
@@ -48,9 +49,7 @@ Encode = Callable[[Tokenizer, dict[str, Any]], tuple[list[Message], dict[str, An
 """(tokenizer, record) -> the messages that decide its split, and its columns."""
 
 
-def prepare_chat(
-    files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
-) -> dict[str, Any]:
+def prepare_chat(files: Sequence[File], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, **options: Any) -> dict[str, Any]:
     """Conversations -> columns `tokens` and `mask`; returns the manifest.
 
     Conversations longer than `max_tokens` are cut to the most whole turns that fit; those of which nothing fits, or that
@@ -65,12 +64,10 @@ def prepare_chat(
             raise Dropped(f"first turn longer than {max_tokens} tokens" if answered else "no message of the assistant")
         return messages, {"tokens": tokens, "mask": mask}
 
-    return _prepare(files, tokenizer, out_dir, encode, CHAT, validation_fraction, max_broken_fraction)
+    return _prepare(files, tokenizer, out_dir, encode, CHAT, **options)
 
 
-def prepare_preferences(
-    files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
-) -> dict[str, Any]:
+def prepare_preferences(files: Sequence[File], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, **options: Any) -> dict[str, Any]:
     """Rankings -> columns `prompt`, `answers` (best first) and `scores` (descending); returns the manifest.
 
     Scores tell how far apart two answers are and which are tied: `"scores"` beside `"ranked"`, or `"margin"` beside `"chosen"`, in
@@ -90,12 +87,10 @@ def prepare_preferences(
             raise Dropped("no answer is better than another")
         return messages, {"prompt": prompt, "answers": answers, "scores": scores}
 
-    return _prepare(files, tokenizer, out_dir, encode, PREFERENCES, validation_fraction, max_broken_fraction)
+    return _prepare(files, tokenizer, out_dir, encode, PREFERENCES, **options)
 
 
-def prepare_prompts(
-    files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
-) -> dict[str, Any]:
+def prepare_prompts(files: Sequence[File], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, **options: Any) -> dict[str, Any]:
     """Messages that wait for an answer -> columns `prompt` and, if any row has one, `answer`: the right answer, as text, or null.
 
     Prompts over `max_tokens` are dropped and counted.
@@ -109,10 +104,10 @@ def prepare_prompts(
             raise Dropped(f"prompt longer than {max_tokens} tokens")
         return messages, {"prompt": prompt, "answer": answer}
 
-    return _prepare(files, tokenizer, out_dir, encode, PROMPTS, validation_fraction, max_broken_fraction)
+    return _prepare(files, tokenizer, out_dir, encode, PROMPTS, **options)
 
 
-def training_texts(files: list[Path], validation_fraction: float) -> Iterator[str]:
+def training_texts(files: Sequence[File], validation_fraction: float, fields: Mapping[str, str] | None = None) -> Iterator[str]:
     """What is said in the conversations that are not held out: texts for a vocabulary that fits them. Broken rows are passed over."""
 
     def convert(record: dict[str, Any]) -> dict[str, Any]:
@@ -123,18 +118,22 @@ def training_texts(files: list[Path], validation_fraction: float) -> Iterator[st
         return {"text": None if held_out else "\n".join(m["content"] for m in messages)}
 
     with ordered():
-        for batch in read(files, convert, pa.schema([("text", pa.large_string())])).iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in read(files, convert, pa.schema([("text", pa.large_string())]), fields).iter_batches(
+            batch_size=None, batch_format="pyarrow"
+        ):
             yield from batch["text"].drop_null().to_pylist()
 
 
 def _prepare(
-    files: list[Path],
+    files: Sequence[File],
     tokenizer: Tokenizer,
     out_dir: Path,
     encode: Encode,
     columns: pa.Schema,
+    *,
     validation_fraction: float,
     max_broken_fraction: float,
+    fields: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write `out_dir`/{train,validation}.parquet, broken.jsonl and, last, manifest.json. Needs a connected Ray."""
     (out_dir / "manifest.json").unlink(missing_ok=True)
@@ -153,7 +152,7 @@ def _prepare(
             raise Broken(str(error)) from None
 
     with ordered():
-        rows = read(files, convert, pa.schema([("id", pa.binary(16)), ("split", pa.string()), *columns])).materialize()
+        rows = read(files, convert, pa.schema([("id", pa.binary(16)), ("split", pa.string()), *columns]), fields).materialize()
         counts = check_broken(rows, files, out_dir, max_broken_fraction)
         limit = _limit(rows.select_columns(["id", "split"]), validation_fraction)
         if limit is None:

@@ -61,11 +61,12 @@ def plan_parts(files: Sequence[File], part_bytes: int) -> list[Part]:
 def records(part: Part, fields: Mapping[str, str] | None = None) -> Iterator[Record]:
     """The records of a part, in order, in bounded memory. What cannot be read is a record with the reason (see `readers`).
 
-    `fields` says under which name a file has what we call by ours: with {"text": "content"} a record's "content" is its "text".
+    `fields` says under which name a file has what we call by ours: with {"text": "content"} a record's "content" is its "text"; one
+    without "content" keeps what it has.
     """
     for piece in part.pieces:
         for record in read_piece(piece):
             if fields and record.value is not None:
-                value = record.value | {ours: record.value.get(theirs) for ours, theirs in fields.items()}
-                record = record._replace(value=value)
+                found = {ours: record.value[theirs] for ours, theirs in fields.items() if theirs in record.value}
+                record = record._replace(value=record.value | found)
             yield record

@@ -100,13 +100,13 @@ def _clean(record: dict[str, Any], cleaning: Cleaning) -> tuple[str, bytes]:
     """A record's clean text, and its id; Broken when it has none, Dropped when there is nothing left of it."""
     text = record.get("text")
     if not isinstance(text, str) or not text.strip():
-        if cleaning.drop_missing and (text is None or isinstance(text, str)):
+        if cleaning.drop_missing and (text is None or text == ""):
             raise Dropped("no text")
         raise Broken('no text: {"text": "..."} with something in it is needed')
     try:
         text = cleaned(text, cleaning)
         if not text.strip():
-            raise Dropped("no text is left after cleaning")
+            raise Dropped("nothing is left of it after cleaning")
         return text, text_id(text)
     except UnicodeEncodeError as error:
         raise Broken(f"no text: half a surrogate pair, \\u{ord(error.object[error.start]):04x}, at character {error.start}") from None

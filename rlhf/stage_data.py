@@ -11,6 +11,7 @@ so a stopped stage keeps the parts that are whole.
 from pathlib import Path
 from typing import Any
 
+from data.stores import File
 from rlhf.artefacts import digest, read_json
 from rlhf.errors import RecipeError
 from rlhf.monitoring import Monitor
@@ -39,8 +40,9 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             recipe.tokenizer.vocab_size if ready is None else ready,
             out / "pretrain",
             shard_tokens=recipe.data.shard_tokens,
-            more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction),
+            more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction, recipe.data.fields),
             source_of=list(source_of.values()),
+            steps=_steps(recipe),
             tokenizer_dir=out / "tokenizer",
             watch=monitor.progress,
             **limits,
@@ -65,7 +67,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     for number, (part, sources, prepare, max_tokens) in enumerate(wanted, start=1):
         monitor.progress(number, len(PARTS), part)
         if (made[part] or {}).get("tokenizer") != tokenizer.fingerprint:
-            prepare(_files(recipe, sources), tokenizer, out / part, max_tokens=max_tokens, **limits)
+            prepare(_files(recipe, sources), tokenizer, out / part, max_tokens=max_tokens, fields=recipe.data.fields, **limits)
         counts = _report_part(monitor, out, part)
         for split in ("train", "validation"):
             monitor.result(f"{part}_{split}", counts[split]["rows"])
@@ -73,17 +75,30 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
 
 
 def source_digest(source: str) -> str:
-    """What is behind a source, as a short text: of the catalogue its pinned package, of files their content.
+    """What is behind a source, as a short text: of the catalogue its pinned package, of files their content, of an object store's
+    their size and time.
 
     Nothing is fetched.
     """
     from data.catalog import CATALOG, resolve
+    from data.stores import stamp
 
     name, colon, _ = source.partition(":")
     if colon and name in CATALOG:
         dataset = CATALOG[name]
         return f"{dataset.package.name} {dataset.package.version} {dataset.package.sha256} {dataset.version}"
-    return " ".join(digest(path) for path in resolve(source, ""))
+    return " ".join(digest(file) if isinstance(file, Path) else stamp(file) for file in resolve(source, ""))
+
+
+def _steps(recipe: Recipe) -> Any:
+    """What the recipe wants done to pretraining texts."""
+    from data.cleaning import Cleaning
+    from data.refine import Steps
+
+    return Steps(
+        fields=tuple(recipe.data.fields.items()),
+        cleaning=Cleaning(**recipe.data.clean.model_dump() | {"pii": tuple(recipe.data.clean.pii)}),
+    )
 
 
 def _ready_tokenizer(recipe: Recipe) -> Any:
@@ -103,18 +118,18 @@ def _ready_tokenizer(recipe: Recipe) -> Any:
     return tokenizers.named(encoding, Path(recipe.data.cache_dir).expanduser())
 
 
-def _files(recipe: Recipe, sources: list[str]) -> list[Path]:
+def _files(recipe: Recipe, sources: list[str]) -> list[File]:
     return list(_source_of(recipe, sources))
 
 
-def _source_of(recipe: Recipe, sources: list[str]) -> dict[Path, str]:
+def _source_of(recipe: Recipe, sources: list[str]) -> dict[File, str]:
     """The files of all sources, each with the first that has it. Absolute: Ray's workers have working directories of their own."""
     from data.catalog import resolve
 
-    found: dict[Path, str] = {}
+    found: dict[File, str] = {}
     for source in sources:
         for path in resolve(source, recipe.data.cache_dir):
-            found.setdefault(path.absolute(), source)
+            found.setdefault(path.absolute() if isinstance(path, Path) else path, source)
     return found
 
 
