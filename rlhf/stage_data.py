@@ -24,6 +24,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     """Raises DataError for sources that cannot be used, RecipeError for a vocabulary that the model has no room for."""
     from data import examples, tokenizers
     from data.pipeline import prepare_text
+    from rlhf import data_report  # jinja and matplotlib
 
     limits: dict[str, Any] = {
         "validation_fraction": recipe.data.validation_fraction,
@@ -71,6 +72,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         counts = _report_part(monitor, out, part)
         for split in ("train", "validation"):
             monitor.result(f"{part}_{split}", counts[split]["rows"])
+    data_report.write(out, recipe)
     monitor.progress(len(PARTS), len(PARTS))
 
 
