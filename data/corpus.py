@@ -120,7 +120,6 @@ def _without(out: Path, number: int, result: Result, ids: np.ndarray, source_of:
     rows = pq.read_table(path)
     gone = pc.and_(pc.is_in(rows["id"], pa.array([one.tobytes() for one in ids], pa.binary(16))), pc.is_in(rows["fate"], pa.array(KEPT)))
     rows = with_column(rows, "fate", pc.if_else(gone, REMOVED, rows["fate"]))
-    rows = with_column(rows, "tokens", pc.if_else(gone, pa.scalar(0, pa.int32()), rows["tokens"]))
     with written(path, rows.schema) as file:
         file.write_table(rows)
     return {"shards": shards, **summary(rows, source_of)}

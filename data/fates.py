@@ -35,7 +35,7 @@ ROW = pa.schema(
         ("reason", pa.string()),
         ("of", pa.binary(16)),  # the document that it repeats
         ("cluster", pa.int32()),  # how many documents are linked by repeating each other, if it was dropped for that; else 0
-        ("tokens", pa.int32()),  # 0 where dropped
+        ("tokens", pa.int32()),  # an estimate where dropped
     ]
 )
 HEAD = 160  # characters of a text that are kept for people

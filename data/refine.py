@@ -18,10 +18,14 @@ import pyarrow as pa
 from data import minhash
 from data.cleaning import OFF, Cleaning, cleaned, id_array, shares, text_id
 from data.engine import Result
-from data.fates import BROKEN, HEAD, ROW, UNUSABLE
+from data.fates import BROKEN, HEAD, QUALITY, ROW, UNUSABLE
+from data.language import identify
 from data.parts import Part, records
+from data.quality import edited, reasons
 from data.reading import Broken, Dropped, head_of
-from data.words import in_characters
+from data.rules import Quality
+from data.shingles import in_characters
+from data.signals import measure
 from data.work import KEYS, ROWS, TEXTS, path_of, written
 
 BATCH = 4 << 20  # bytes of input that go through the steps together: few calls, and little memory
@@ -37,6 +41,7 @@ class Steps:
     fields: tuple[tuple[str, str], ...] = ()
     """Our name of a field, and a file's name for it."""
     cleaning: Cleaning = OFF
+    quality: Quality | None = None
     near_duplicates: bool = False
 
 
@@ -69,6 +74,8 @@ class _Row:
     head: str = ""
     fate: str | None = None
     reason: str | None = None
+    language: str | None = None
+    language_score: float | None = None
 
 
 def _batches(part: Part, steps: Steps) -> Iterator[list[_Row]]:
@@ -114,6 +121,7 @@ def _clean(record: dict[str, Any], cleaning: Cleaning) -> tuple[str, bytes]:
 
 def _refined(batch: list[_Row], first: int, steps: Steps) -> dict[str, pa.Table]:
     """The tables of a batch whose first row is number `first` of the part."""
+    judged = _judged([row for row in batch if row.fate is None], steps.quality)
     fate = np.array([row.fate for row in batch], object)
     text = pa.array([row.text for row in batch], pa.large_string())
     columns = {
@@ -122,8 +130,8 @@ def _refined(batch: list[_Row], first: int, steps: Steps) -> dict[str, pa.Table]
         "id": [row.id for row in batch],
         "bytes": pa.compute.cast(pa.compute.binary_length(text), pa.int64()),
         "head": [row.head for row in batch],
-        "language": pa.nulls(len(batch), pa.string()),
-        "language_score": pa.nulls(len(batch), pa.float32()),
+        "language": [row.language for row in batch],
+        "language_score": pa.array([row.language_score for row in batch], pa.float32()),
         "fate": fate,
         "reason": [row.reason for row in batch],
         "of": pa.nulls(len(batch), pa.binary(16)),
@@ -131,6 +139,9 @@ def _refined(batch: list[_Row], first: int, steps: Steps) -> dict[str, pa.Table]
         "tokens": np.zeros(len(batch), np.int32),
     }
     rows = pa.table(columns, schema=ROW)
+    if judged is not None:
+        for name, column in zip(judged.column_names, _spread(judged, rows["id"].is_valid()).columns, strict=True):
+            rows = rows.append_column(name, column)
     here = pa.array(np.array([kind is None for kind in fate], bool))
     texts = pa.table([pa.array(np.flatnonzero(here) + first), text.filter(here)], schema=TEXT)
     return {ROWS: rows, TEXTS: texts, KEYS: _keys(rows["id"], texts["text"], here, steps)}
@@ -141,5 +152,26 @@ def _keys(ids: pa.ChunkedArray, texts: pa.ChunkedArray, here: pa.Array, steps: S
     keys = {"id": ids.filter(here)}
     if steps.near_duplicates:
         keys |= minhash.columns(texts.combine_chunks(), in_characters(texts.combine_chunks()))
+    return _spread(pa.table(keys), here)
+
+
+def _spread(table: pa.Table, here: pa.Array) -> pa.Table:
+    """The rows of `table` where `here` (bool `[n]`) is true, nulls elsewhere."""
     place = pa.compute.subtract(pa.compute.cumulative_sum(pa.compute.cast(here, pa.int64())), 1)
-    return pa.table(keys).take(pa.compute.if_else(here, place, None))
+    return table.take(pa.compute.if_else(here, place, None))
+
+
+def _judged(rows: list[_Row], quality: Quality | None) -> pa.Table | None:
+    """The signals of these rows' texts, after the rules' edits; languages and fates go into the rows."""
+    if quality is None:
+        return None
+    codes, scores = identify([row.text for row in rows])
+    texts = edited([row.text for row in rows], codes, quality)
+    signals = measure(texts)
+    for row, text, code, score, why in zip(rows, texts, codes, scores, reasons(signals, codes, quality, scores).to_pylist(), strict=True):
+        if text != row.text:
+            row.text, row.id = text, text_id(text)
+        row.language, row.language_score = code, float(score)
+        if why is not None:
+            row.fate, row.reason = QUALITY, why
+    return signals

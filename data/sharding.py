@@ -63,6 +63,9 @@ def shard(part: Part, plan: Plan, work: Path, out: Path) -> Result:
                 writer.extend(mine, lengths[here], ids[row[here]], int(size[row[here]].sum()))
     fate = np.array(rows["fate"].to_pylist(), object)
     fate[kept] = split[kept]
+    # Of what is dropped an estimate, as the part's other texts have it: for questions of what other rules would keep.
+    share = tokens.sum() / max(size[kept].sum(), 1) or 0.25
+    tokens[~kept] = np.rint(size[~kept] * share)
     rows = with_column(with_column(rows, "fate", pa.array(fate, pa.string())), "tokens", pa.array(tokens))
     with written(out / "documents" / f"{part.number:06d}.parquet", rows.schema) as file:
         file.write_table(rows)
