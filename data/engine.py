@@ -11,9 +11,10 @@ killing its workers is named with its files.
 import json
 import os
 import queue
+import resource
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -86,12 +87,15 @@ def _task(work: Callable[[Any], Result], shared: ray.ObjectRef, folder: Path, ke
             part, tries = fetched(shared)[number], _tries(folder, number)
             with open(tries, "ab") as file:  # stays behind when this process dies
                 file.write(b".")
+            since = time.process_time()
             try:
                 result = work(part)
             except DataError:
                 raise
             except Exception as error:
                 raise RuntimeError(f"{part.name}: {error!r}") from error
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            write_bytes(folder / f"{number:06d}.cost", json.dumps([time.process_time() - since, peak]).encode())
             write_marker(folder, number, key, result)
             tries.unlink(missing_ok=True)
             results.append(json.dumps(result))
@@ -153,6 +157,12 @@ def read_marker(folder: Path, number: int) -> dict[str, Any] | None:
         return marker if {"key", "result"} <= marker.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def costs(folders: Iterable[Path]) -> dict[str, float]:
+    """What all parts took: `core_seconds`, and `worker_mb`, the most memory that a worker has had."""
+    found = [json.loads(path.read_bytes()) for folder in folders for path in folder.glob("*.cost")]
+    return {"core_seconds": round(sum(one for one, _ in found), 3), "worker_mb": round(max((most for _, most in found), default=0), 1)}
 
 
 def _tries(folder: Path, number: int) -> Path:

@@ -30,10 +30,10 @@ from data import stores, tokenizers
 from data.cleaning import id_array, shares
 from data.clusters import exact_duplicates, near_duplicates
 from data.corpus import declare
-from data.engine import Result, Watch, each_part
+from data.engine import Result, Watch, costs, each_part
 from data.errors import DataError
 from data.fates import BROKEN, KEPT
-from data.files import write_bytes
+from data.files import write_bytes, write_json
 from data.parts import plan_parts
 from data.reading import quarantine
 from data.refine import NOBODY, Steps, refine
@@ -102,6 +102,8 @@ def prepare_text(
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
     }
+    # Beside the manifest, which must not depend on who worked how fast.
+    write_json(out_dir / "costs.json", costs([work / "refined", out_dir / "documents"]))
     declare(out_dir, {**about, "about": ["about", *about], "sources": sources}, made)
     shutil.rmtree(work)
     return tokenizer

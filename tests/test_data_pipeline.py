@@ -88,7 +88,7 @@ def test_workers_change_no_byte_and_parts_no_token(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(limits, "resource_limits", ray.data.ExecutionResources(cpu=cpus))
         again = prepare(files, tmp_path / str(cpus), 500, part_bytes=2500)
         assert again.fingerprint == one.fingerprint
-        for path in (tmp_path / "one").rglob("*.*"):
+        for path in (path for path in (tmp_path / "one").rglob("*.*") if path.name != "costs.json"):
             assert path.read_bytes() == (tmp_path / str(cpus) / path.relative_to(tmp_path / "one")).read_bytes(), path
     assert len(list((tmp_path / "one/train").glob("*.bin"))) > 1
 
