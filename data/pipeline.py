@@ -10,9 +10,9 @@ Ray Data reads, cleans and tokenizes on all cores of all nodes. The driver sees 
 bytes for any number of workers. Finding duplicates and writing are the two steps that more nodes do not make faster.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import pyarrow as pa
 import ray
 from ray.data import Dataset
 
-from data.cleaning import normalise, repeated, shares, text_id, validation_limit
+from data.cleaning import OFF, Cleaning, cleaned, repeated, shares, text_id, validation_limit
 from data.errors import DataError
 from data.files import write_json
-from data.reading import Broken, check_broken, ordered, read
+from data.reading import Broken, Dropped, check_broken, ordered, read
 from data.shards import Document, ShardWriter
+from data.stores import File
 from data.tokenizers import Tokenizer, train
 
 TEXT = pa.schema([("id", pa.binary(16)), ("text", pa.large_string())])
@@ -35,7 +36,7 @@ VOCABULARY_BYTES = 2 << 30  # a vocabulary is learned from at most this much tex
 
 
 def prepare_text(
-    files: list[Path],
+    files: Sequence[File],
     tokenizer: Tokenizer | int,
     out_dir: Path,
     *,
@@ -44,19 +45,21 @@ def prepare_text(
     shard_tokens: int,
     more_texts: Iterable[str] = (),
     source_of: Sequence[str] = (),
+    cleaning: Cleaning = OFF,
+    fields: Mapping[str, str] | None = None,
 ) -> Tokenizer:
     """Write `out_dir`/{train,validation} (see `shards`), broken.jsonl and manifest.json; returns the tokenizer.
 
     `tokenizer` is a ready one, or the size of a vocabulary to learn from the training documents and `more_texts`: what the
     model will read and write later is not always in the words of what it is pretrained on. `source_of` names each file's source (default:
     its path); files of one source stand together, so its documents are one run of the stream, whose length the manifest tells. Of equal
-    documents the first stays, so a later source may lose some to an earlier one. Needs a connected Ray.
+    documents the first stays, so a later source may lose some to an earlier one. `fields` as in `parts.records`. Needs a connected Ray.
     Raises DataError when too many rows are broken or fewer than two different documents remain.
     """
     (out_dir / "manifest.json").unlink(missing_ok=True)
     source_of = source_of or [str(path) for path in files]
     with ordered():
-        rows = read(files, clean, TEXT).materialize()
+        rows = read(files, partial(clean, cleaning=cleaning), TEXT, fields).materialize()
         counts = check_broken(rows, files, out_dir, max_broken_fraction)
         keys, ids = _identities(rows)
         if len(np.unique(shares(ids))) < 2:
@@ -86,16 +89,22 @@ def prepare_text(
     return tokenizer
 
 
-def clean(record: dict[str, Any]) -> dict[str, Any]:
-    """A record's columns `id` and `text`; Broken when it has no text."""
+def clean(record: dict[str, Any], cleaning: Cleaning = OFF) -> dict[str, Any]:
+    """A record's columns `id` and `text`; Broken (or Dropped, if `cleaning` says so) when it has no text."""
     text = record.get("text")
+    if cleaning.drop_missing and (text is None or text == ""):
+        raise Dropped("no text")
     if not isinstance(text, str) or not text.strip():
         raise Broken('no text: {"text": "..."} with something in it is needed')
-    text = normalise(text)
     try:
-        return {"id": text_id(text), "text": text}
+        text = cleaned(text, cleaning)
+        identity = text_id(text)
     except UnicodeEncodeError as error:
-        raise Broken(f"no text: half a surrogate pair, \\u{ord(text[error.start]):04x}, at character {error.start}") from None
+        half = ord(error.object[error.start])
+        raise Broken(f"no text: half a surrogate pair, \\u{half:04x}, at character {error.start}") from None
+    if not text.strip():
+        raise Dropped("nothing is left of it after cleaning")
+    return {"id": identity, "text": text}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ so a stopped stage keeps the parts that are whole.
 from pathlib import Path
 from typing import Any
 
+from data.stores import File
 from rlhf.artefacts import digest, read_json
 from rlhf.errors import RecipeError
 from rlhf.monitoring import Monitor
@@ -22,9 +23,14 @@ PARTS = ("pretrain", "sft", "preferences", "prompts")
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
     """Raises DataError for sources that cannot be used, RecipeError for a vocabulary that the model has no room for."""
     from data import examples, tokenizers
+    from data.cleaning import Cleaning
     from data.pipeline import prepare_text
 
-    limits = {"validation_fraction": recipe.data.validation_fraction, "max_broken_fraction": recipe.data.max_broken_fraction}
+    limits: dict[str, Any] = {
+        "validation_fraction": recipe.data.validation_fraction,
+        "max_broken_fraction": recipe.data.max_broken_fraction,
+        "fields": recipe.data.fields,
+    }
     made = {part: read_json(out / part / "manifest.json") for part in PARTS}
 
     monitor.progress(0, len(PARTS), "pretraining texts")
@@ -36,8 +42,9 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             recipe.tokenizer.vocab_size if ready is None else ready,
             out / "pretrain",
             shard_tokens=recipe.data.shard_tokens,
-            more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction),
+            more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction, recipe.data.fields),
             source_of=list(source_of.values()),
+            cleaning=Cleaning(**recipe.data.clean.model_dump() | {"pii": tuple(recipe.data.clean.pii)}),
             **limits,
         )
         tokenizer.save(out / "tokenizer")
@@ -69,17 +76,19 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
 
 
 def source_digest(source: str) -> str:
-    """What is behind a source, as a short text: of the catalogue its pinned package, of files their content.
+    """What is behind a source, as a short text: of the catalogue its pinned package, of files their content, of an object store's
+    their size and time.
 
     Nothing is fetched.
     """
     from data.catalog import CATALOG, resolve
+    from data.stores import stamp
 
     name, colon, _ = source.partition(":")
     if colon and name in CATALOG:
         dataset = CATALOG[name]
         return f"{dataset.package.name} {dataset.package.version} {dataset.package.sha256} {dataset.version}"
-    return " ".join(digest(path) for path in resolve(source, ""))
+    return " ".join(digest(file) if isinstance(file, Path) else stamp(file) for file in resolve(source, ""))
 
 
 def _ready_tokenizer(recipe: Recipe) -> Any:
@@ -99,18 +108,18 @@ def _ready_tokenizer(recipe: Recipe) -> Any:
     return tokenizers.named(encoding, Path(recipe.data.cache_dir).expanduser())
 
 
-def _files(recipe: Recipe, sources: list[str]) -> list[Path]:
+def _files(recipe: Recipe, sources: list[str]) -> list[File]:
     return list(_source_of(recipe, sources))
 
 
-def _source_of(recipe: Recipe, sources: list[str]) -> dict[Path, str]:
+def _source_of(recipe: Recipe, sources: list[str]) -> dict[File, str]:
     """The files of all sources, each with the first that has it. Absolute: Ray's workers have working directories of their own."""
     from data.catalog import resolve
 
-    found: dict[Path, str] = {}
+    found: dict[File, str] = {}
     for source in sources:
         for path in resolve(source, recipe.data.cache_dir):
-            found.setdefault(path.absolute(), source)
+            found.setdefault(path.absolute() if isinstance(path, Path) else path, source)
     return found
 
 
