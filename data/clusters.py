@@ -43,7 +43,7 @@ LEAST = 0.77
 ROWS = 1 << 19  # documents of one job, if a part has no more: 117 MB of keys and their places
 RECORDS = 1 << 23  # rows of one range: 128 MB of pairs of numbers, and as much again to sort them
 CHUNK = 1 << 16  # documents that are compared with the first ones of their bucket together; larger buckets are cut
-LEADERS = 32  # a document is compared with the first 32 of its bucket that are no near-duplicates of each other
+LEADERS = 64  # of a bucket that all are compared with: its first 32, then 32 more that are like none of those before
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: times it, neighbouring documents are in different ranges
 ROUNDS = 100  # of stars; 2^50 documents in a row take 50
 DROPPED = pa.schema([("row", pa.int64()), ("id", pa.binary(16)), ("kept", pa.binary(16)), ("earlier", pa.bool_()), ("cluster", pa.int64())])
@@ -250,7 +250,7 @@ def _met(corpus: Corpus, shared: Stage, job: int, ranges: int) -> tuple[np.ndarr
 
 
 def _pairs(met: Stage, number: int, threshold: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """(later document, earlier one) of each confirmed pair, for the range of the later."""
+    """(later document, earlier one) of pairs that are similar, for the range of the later."""
     rows = met.read(number)
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
     sketches = np.ascontiguousarray(rows[:, 2:]).view(np.uint8).reshape(len(rows), minhash.PERMUTATIONS)
@@ -261,30 +261,32 @@ def _pairs(met: Stage, number: int, threshold: float) -> tuple[np.ndarray, np.nd
 
 @numba.njit(cache=True)
 def _confirmed(keys, places, sketches, equal):  # type: ignore[no-untyped-def]
-    """Pairs of documents with the same key (sorted) whose sketches have `equal` bytes in common at least. Of a bucket the first LEADERS
-    documents that are like none before are compared with all that follow, not all with all."""
-    found = [(np.uint64(0), np.uint64(0)) for _ in range(0)]
-    leaders = np.empty(LEADERS, np.int64)
-    count = 0
+    """Pairs that link what is similar among documents with the same key (sorted), that is whose sketches have `equal` bytes in common at
+    least. Of a bucket of up to LEADERS / 2 all are held against all; of a larger one each against LEADERS, so that a million copies cost a
+    million times that. What is linked already is not linked again: fewer than two pairs for a document."""
+    found = np.empty((2 * len(keys), 2), np.uint64)
+    pairs, count = 0, 0
+    leaders, label = np.empty(LEADERS, np.int64), np.empty(LEADERS, np.int64)
     for i in range(len(keys)):
         if i == 0 or keys[i] != keys[i - 1]:
             count = 0
-        alone = True
+        mine = i
         for j in range(count):
-            other = leaders[j]
+            if label[j] == mine:
+                continue
             same = 0
             for k in range(sketches.shape[1]):
-                same += sketches[i, k] == sketches[other, k]
-            if same >= equal and places[i] != places[other]:
-                alone = False
-                found.append((places[i], places[other]))
-        if alone and count < LEADERS:
-            leaders[count] = i
+                same += sketches[i, k] == sketches[leaders[j], k]
+            if same >= equal:
+                found[pairs] = places[i], places[leaders[j]]
+                pairs += 1
+                before, mine = mine, label[j]
+                for other in range(count):
+                    label[other] = mine if label[other] == before else label[other]
+        if count < LEADERS // 2 or (mine == i and count < LEADERS):
+            leaders[count], label[count] = i, mine
             count += 1
-    pairs = np.empty((len(found), 2), np.uint64)
-    for i, (later, earlier) in enumerate(found):
-        pairs[i, 0], pairs[i, 1] = later, earlier
-    return pairs
+    return found[:pairs]
 
 
 def _groups(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -325,7 +327,7 @@ def _named(corpus: Corpus, repeated: Stage, job: int) -> tuple[np.ndarray, np.nd
     places, table = corpus.read(job, ["id"])
     roots, position, sizes = np.unique(rows[:, 0], return_inverse=True, return_counts=True)
     ids = _matrix(table["id"].take(pa.array(np.searchsorted(places, roots))), ">u8", 2).astype(np.uint64)
-    found = np.column_stack([rows[:, 1], rows[:, 0], ids[position], (sizes + 1)[position]])
+    found = np.column_stack([rows[:, 1], rows[:, 0], ids[position], (sizes + 1).astype(np.uint64)[position]])
     return found, corpus.job_of(rows[:, 1]), len(roots)
 
 

@@ -78,10 +78,11 @@ def _job(folder: Path, number: int, work: Work, job: tuple[Any, ...], ranges: in
     path = _file(folder, number)
     if not path.exists():
         rows, where, note = work(*job)
+        assert rows.dtype == np.uint64, rows.dtype  # beside a signed column numpy would make floats of them
         order = np.argsort(where, kind="stable")
         ends = np.concatenate([[0], np.cumsum(np.bincount(where, minlength=ranges))])
         head = np.array([len(rows), rows.shape[1], note, *ends], np.int64)
-        write_bytes(path, head.tobytes() + np.ascontiguousarray(rows[order], dtype=np.uint64).tobytes())
+        write_bytes(path, head.tobytes() + rows[order].tobytes())
     count, _, note = np.fromfile(path, np.int64, HEAD)
     return int(count), int(note)
 
