@@ -50,9 +50,10 @@ def predict(files: Sequence[File], tokenizer: Tokenizer | int, steps: Steps, sha
                 if kept[-1][i]:
                     seen.add(one)
         seconds = time.process_time() - since
-        texts = [
-            text for part, here in zip(sample, kept, strict=True) for _, found in kept_texts(work, part.number, here) for text in found
-        ]
+        texts: list[str] = []
+        for part, here in zip(sample, kept, strict=True):
+            for _, some in kept_texts(work, part.number, here):
+                texts += some
         if isinstance(tokenizer, int):  # the sample is smaller than the corpus: a smaller vocabulary may be all that it gives
             tokenizer = _learned(texts, tokenizer)
         since = time.process_time()

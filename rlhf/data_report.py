@@ -6,6 +6,7 @@ How much went into and came out of each step, what was dropped and why, with exa
 recipe asks for, clusters of documents that repeat each other, and what a dry run had predicted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class Step:
     share: float  # of all documents, 0..1
 
 
-def write(stage_dir: Path, recipe: Recipe) -> Path:
-    """Write `stage_dir`/report.html and return its path."""
+def write(stage_dir: Path, recipe: Recipe, predicted: Sequence[dict[str, Any]] = ()) -> Path:
+    """Write `stage_dir`/report.html and return its path. `predicted`: {"name", "predicted", "found"} of what a dry run had said."""
     manifest = read_json(stage_dir / "pretrain" / "manifest.json")
     assert manifest is not None, f"{stage_dir} has no finished corpus"
     environment = Environment(
@@ -61,7 +62,7 @@ def write(stage_dir: Path, recipe: Recipe) -> Path:
         sources=mixture(manifest, recipe),
         clusters=clusters(manifest),
         samples=samples(manifest),
-        predicted=manifest.get("predicted", []),
+        predicted=predicted,
     )
     path = stage_dir / "report.html"
     fresh = stage_dir / ".report.html"

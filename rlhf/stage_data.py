@@ -11,12 +11,14 @@ so a stopped stage keeps the parts that are whole.
 from pathlib import Path
 from typing import Any
 
+from data.files import write_json
 from data.stores import File
 from rlhf.artefacts import digest, read_json
 from rlhf.errors import RecipeError
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe
 
+PLAN = "plan.json"  # of a run: what `roundhouse data plan` predicted
 PARTS = ("pretrain", "sft", "preferences", "prompts")
 
 
@@ -72,8 +74,41 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         counts = _report_part(monitor, out, part)
         for split in ("train", "validation"):
             monitor.result(f"{part}_{split}", counts[split]["rows"])
-    data_report.write(out, recipe)
+    checked = _checked_prediction(out, text)
+    for figure in checked:
+        monitor.result(f"data/predicted/{figure['name']}", figure["predicted"])
+    data_report.write(out, recipe, checked)
     monitor.progress(len(PARTS), len(PARTS))
+
+
+def predict(recipe: Recipe, share: float) -> dict[str, float]:
+    """What preparing the pretraining text will take and give, from a dry run over `share` of it; kept in RUN/plan.json.
+
+    The full run of the same recipe and inputs says how good the prediction was.
+    """
+    from data import dry_run
+    from rlhf import artefacts, pipeline
+
+    ready = _ready_tokenizer(recipe)
+    tokenizer = recipe.tokenizer.vocab_size if ready is None else ready
+    figures = dry_run.predict(_files(recipe, recipe.data.pretrain), tokenizer, _steps(recipe), share)
+    run_dir = pipeline.run_directory(recipe)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    identity = artefacts.identities(recipe, pipeline.outside_inputs(recipe))["data"]
+    write_json(run_dir / PLAN, {"hash": identity.hash, "share": share, "figures": figures})
+    return figures
+
+
+def _checked_prediction(out: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """{"name", "predicted", "found"} of every figure that a dry run of the same things predicted."""
+    from data import dry_run
+
+    plan, started = read_json(out.parent / PLAN), read_json(out / "started.json")
+    costs = read_json(out / "pretrain" / "costs.json")
+    if plan is None or started is None or costs is None or plan["hash"] != started["hash"]:
+        return []
+    found = dry_run.found(manifest, costs)
+    return [{"name": name, "predicted": plan["figures"][name], "found": value} for name, value in found.items()]
 
 
 def source_digest(source: str) -> str:

@@ -169,7 +169,7 @@ def test_a_damaged_archive_is_reported(tmp_path: Path) -> None:
         ("a.jsonl", "", "hold no byte"),
         ("a.jsonl", "\n\n", "0 rows hold 0 different documents"),
         ("a.txt", "One speech.", "1 rows hold 1 different documents"),
-        ("a.csv", "text\n", r"give \.txt, \.jsonl"),
+        ("a.csv", "text\n", r"give \.jsonl, \.txt"),
         ("", "", "No such file"),
     ],
 )
