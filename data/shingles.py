@@ -50,12 +50,12 @@ def utf8(texts: Sequence[str] | pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return data[offsets[0] :], offsets[1:] - offsets[0]
 
 
-def words(data: np.ndarray, ends: np.ndarray, characters: np.ndarray) -> Words:
-    """The words of all texts; of those where `characters` (bool `[n]`) every letter is one."""
+def words(data: np.ndarray, ends: np.ndarray, characters: np.ndarray, numbers: bool = False) -> Words:
+    """The words of all texts; of those with `characters` (bool `[n]`) every letter is one. With `numbers` digits count as letters."""
     room = len(data)
     hashes, start, stop = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.int64)
     of_text = np.empty(len(ends), np.int64)
-    count = _split_all(data, ends, characters, folding(), hashes, start, stop, of_text)
+    count = _split_all(data, ends, characters, numbers, folding(), hashes, start, stop, of_text)
     return Words(hashes[:count], start[:count], stop[:count], of_text)
 
 
@@ -114,7 +114,7 @@ def character(data, at, table):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _split_all(data, ends, characters, table, hashes, start, stop, of_text):  # type: ignore[no-untyped-def]
+def _split_all(data, ends, characters, numbers, table, hashes, start, stop, of_text):  # type: ignore[no-untyped-def]
     count, at = 0, 0
     for text in range(len(ends)):
         alone = characters[text]
@@ -125,6 +125,8 @@ def _split_all(data, ends, characters, table, hashes, start, stop, of_text):  # 
             if what == NOTHING:
                 at += size
                 continue
+            if numbers and what == DIGIT:
+                what = np.uint32(0x110000) | np.uint32(data[at + size - 1])
             single = (what & ALONE) != 0 or (alone and what != SPACE)
             if inside and (what == SPACE or (single and not (digits and what == DIGIT))):
                 hashes[count] = mix(value)
