@@ -9,11 +9,11 @@ where C4 would drop the whole text for it: the rules of c4@1 are to see it. As d
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numba
 import numpy as np
 
+from data.characters import LIMIT, LINE, SPACE, Texts, classes
+from data.kernels import kernel
 from data.rules import C4_LINES, C4Lines
-from data.words import LIMIT, LINE, SPACE, Texts, classes
 
 _PHRASES = (
     "javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies",
@@ -42,12 +42,12 @@ def _pack(strings: Sequence[str]) -> np.ndarray:
 _packed = (_pack(_PHRASES), _pack(["lorem ipsum"]), _pack(_NOTES))
 
 
-@numba.njit(cache=True)
+@kernel
 def _is(points, i, table):  # type: ignore[no-untyped-def]
     return table[points[i]] if points[i] < LIMIT else np.uint32(0)
 
 
-@numba.njit(cache=True)
+@kernel
 def _begins(points, i, end, strings, fold):  # type: ignore[no-untyped-def]
     """The length of the string that stands at i, capital letters taken as small ones if fold; 0 if none does."""
     for row in range(len(strings)):
@@ -64,7 +64,7 @@ def _begins(points, i, end, strings, fold):  # type: ignore[no-untyped-def]
     return 0
 
 
-@numba.njit(cache=True)
+@kernel
 def _edit(points, offsets, table, phrases, lorem, notes, min_words, max_characters, punctuation):  # type: ignore[no-untyped-def]
     out, size = np.empty(len(points), np.uint32), 0
     out_offsets = np.zeros(len(offsets), np.int64)

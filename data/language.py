@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 
-from data.words import ALPHABETIC, HAN, LIMIT, SPACE, Texts, classes
+from data.characters import ALPHABETIC, HAN, LIMIT, SPACE, Texts, classes
+from data.kernels import kernel
 
 LOOKED_AT = 8192  # characters in which script and marks are counted
 SAMPLE = 200
@@ -68,7 +68,7 @@ def _kinds() -> np.ndarray:
     return kinds
 
 
-@numba.njit(cache=True)
+@kernel
 def _traits(points, offsets, table, kinds):  # type: ignore[no-untyped-def]
     """float64 `[texts]`: how Chinese, how much like code; int64 `[texts]`: letters."""
     texts = len(offsets) - 1

@@ -9,11 +9,12 @@ of datatrove 0.10.1's filters, with which FineWeb was made. A text's row depends
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import pyarrow as pa
 
-from data.words import ALPHABETIC, DIGIT, HAN, LIMIT, LINE, MARK, SPACE, STOP, Texts, classes, split, word_hash
+from data.characters import ALPHABETIC, DIGIT, HAN, LIMIT, LINE, MARK, SPACE, STOP, Texts, classes
+from data.kernels import kernel
+from data.words import split, word_hash
 
 SIGNALS = {
     "characters": "Code points of the text.",
@@ -100,14 +101,14 @@ _LOREM = np.array([ord(c) for c in "lorem ipsum"], np.uint32)
 # Hash tables are open addressing in scratch arrays of a power of two, at most half full; 0 is an empty slot.
 
 
-@numba.njit(cache=True)
+@kernel
 def _mix(a, b):  # type: ignore[no-untyped-def]
     h = (a ^ (a >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15) + b
     h = (h ^ (h >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
     return h ^ (h >> np.uint64(32)) | np.uint64(1)
 
 
-@numba.njit(cache=True)
+@kernel
 def _power_of_two(n):  # type: ignore[no-untyped-def]
     size = 16
     while size < n:
@@ -115,7 +116,7 @@ def _power_of_two(n):  # type: ignore[no-untyped-def]
     return size
 
 
-@numba.njit(cache=True)
+@kernel
 def _slot(h, keys, size):  # type: ignore[no-untyped-def]
     """Where h stands in keys[:size], or the empty slot where it belongs."""
     at = h & np.uint64(size - 1)
@@ -124,7 +125,7 @@ def _slot(h, keys, size):  # type: ignore[no-untyped-def]
     return at
 
 
-@numba.njit(cache=True)
+@kernel
 def _seen(h, keys, size):  # type: ignore[no-untyped-def]
     """Whether h was there before; it is afterwards."""
     at = _slot(h, keys, size)
@@ -133,7 +134,7 @@ def _seen(h, keys, size):  # type: ignore[no-untyped-def]
     return before
 
 
-@numba.njit(cache=True)
+@kernel
 def _hash(points, a, b):  # type: ignore[no-untyped-def]
     h = np.uint64(b - a)
     for i in range(a, b):
@@ -142,12 +143,12 @@ def _hash(points, a, b):  # type: ignore[no-untyped-def]
     return h | np.uint64(1)
 
 
-@numba.njit(cache=True)
+@kernel
 def _is(points, i, table):  # type: ignore[no-untyped-def]
     return table[points[i]] if points[i] < LIMIT else np.uint32(0)
 
 
-@numba.njit(cache=True)
+@kernel
 def _lines(points, offsets, table):  # type: ignore[no-untyped-def]
     """int64 `[_OF_LINES, texts]`"""
     out = np.zeros((23, len(offsets) - 1), np.int64)
@@ -209,7 +210,7 @@ def _lines(points, offsets, table):  # type: ignore[no-untyped-def]
     return out
 
 
-@numba.njit(cache=True)
+@kernel
 def _parts(points, a, b, table, keys, paragraph_keys):  # type: ignore[no-untyped-def]
     """Of the lines between newlines: longest | parts, duplicates, their characters | the same of paragraphs | filled, punctuated, short,
     characters of duplicates."""
@@ -262,7 +263,7 @@ def _parts(points, a, b, table, keys, paragraph_keys):  # type: ignore[no-untype
     return out
 
 
-@numba.njit(cache=True)
+@kernel
 def _repeated_grams(points, a, b, table, keys, size):  # type: ignore[no-untyped-def]
     """How many stretches of 13 characters there are, and how many occur more than once."""
     keys[:size] = 0
@@ -289,7 +290,7 @@ def _repeated_grams(points, a, b, table, keys, size):  # type: ignore[no-untyped
     return max(n - 12, 0), repeated
 
 
-@numba.njit(cache=True)
+@kernel
 def _words(hashes, lengths, kinds, offsets, stop_words):  # type: ignore[no-untyped-def]
     """int64 `[_OF_WORDS, texts]`"""
     out = np.zeros((13, len(offsets) - 1), np.int64)

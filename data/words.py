@@ -7,58 +7,40 @@
 
 datatrove counts the words of its Gopher and FineWeb rules with `spacy.blank("en")`, hence a fast equivalent: what stands between whitespace
 loses marks and units at its ends, is cut at hyphens, slashes and the like inside, and left whole if it is an abbreviation or an address;
-short forms become `did n't`. Left out are spaCy's emoticons and three rare currency signs (`US$`). Characters are code points throughout:
+short forms become `did n't`. Left out are emoticons of more than brackets, and three
+rare currency signs (`US$`). Characters are code points throughout:
 one array of uint32 for all texts, one table of what each character is, and no Python per word.
 """
 
-import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numba
 import numpy as np
-import regex
 
-SPACE, LINE, ALPHABETIC, MARK, LETTER, LOWER, UPPER, DIGIT = (1 << i for i in range(8))
-PREFIX, SUFFIX, QUOTE, ICON, CURRENCY, STOP, PUNCTUATION, BEFORE_DOT, HAN = (1 << i for i in range(8, 17))
-"""What a character is. MARK: means nothing alone (datatrove's list); STOP: ends a sentence; PUNCTUATION: Unicode's P; HAN: Chinese."""
-
-LIMIT = 0x33480  # no character beyond has a meaning here; the table is 840 kB and texts use a few kB of it
-_MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~«´»–—’“”„…∶━►、。〈〉《》「」【】！％（），．１：；？～"
-_PUNCTUATION = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
-_QUOTES = "'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉⟦⟧"
-_CURRENCY = "$£€¥฿₽﷼₴" + "".join(map(chr, range(0x20A0, 0x20C0)))
-_UNITS = (
-    "km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa mbar mb MB kb KB gb "
-    "GB tb TB T G M K % км м см мм кг г"
+from data.characters import (
+    ALPHABETIC,
+    BEFORE_DOT,
+    CURRENCY,
+    DIGIT,
+    FACE,
+    ICON,
+    LETTER,
+    LIMIT,
+    LINE,
+    LOWER,
+    MARK,
+    PREFIX,
+    PUNCTUATION,
+    QUOTE,
+    SPACE,
+    STOP,
+    SUFFIX,
+    UPPER,
+    Texts,
+    classes,
 )
-_ABBREVIATIONS = (
-    "a.m. p.m. Adm. Bros. co. Co. Corp. D.C. Dr. e.g. E.g. E.G. Gen. Gov. i.e. I.e. I.E. Inc. Jr. Ltd. Md. Messrs. Mo. Mont. Mr. "
-    "Mrs. Ms. Ph.D. Prof. Rep. Rev. Sen. St. vs. v.s. Mt. Ak. Ala. Apr. Ariz. Ark. Aug. Calif. Colo. Conn. Dec. Del. Feb. Fla. Ga. "
-    "Ia. Id. Ill. Ind. Jan. Jul. Jun. Kan. Kans. Ky. La. Mar. Mass. Mich. Minn. Miss. N.C. N.D. N.H. N.J. N.M. N.Y. Neb. Nebr. "
-    "Nev. Nov. Oct. Okla. Ore. Pa. S.C. Sep. Sept. Tenn. Va. Wash. Wis. and/or w/o ma'am Ma'am o'clock O'clock lovin' Lovin' "
-    "havin' Havin' doin' Doin' goin' Goin' 'em 'll 'nuff 's 'S ‘s ‘S 'd 're 'Cause 'cause 'cos 'Cos 'coz 'Coz 'cuz 'Cuz 'bout ' '' "
-    "C++"
-)
-MOST_SPECIAL = 12  # characters of the longest word that is split as a whole
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Texts as one run of code points."""
-
-    points: np.ndarray
-    """uint32 `[characters]`"""
-    offsets: np.ndarray
-    """int64 `[texts + 1]`: text i is points[offsets[i]:offsets[i + 1]]"""
-
-    @staticmethod
-    def of(texts: Sequence[str]) -> "Texts":
-        points = np.frombuffer(bytearray("".join(texts).encode("utf-32-le", "surrogatepass")), dtype=np.uint32)
-        offsets = np.zeros(len(texts) + 1, dtype=np.int64)
-        np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)), out=offsets[1:])
-        return Texts(points, offsets)
+from data.kernels import kernel
+from data.special_words import ABBREVIATIONS, MOST_SPECIAL, UNITS, emoticons, short_forms
 
 
 @dataclass(frozen=True)
@@ -90,108 +72,11 @@ def word_hash(word: str) -> int:
 
 
 @lru_cache(maxsize=1)
-def classes() -> np.ndarray:
-    """uint32 `[LIMIT]`: the classes of every character, or-ed."""
-    points = np.arange(LIMIT, dtype=np.uint32)
-    points[0xD800:0xE000] = 0xFFFF  # surrogates are no characters
-    characters = points.view("<U1")
-    everything = "".join(characters[points != 0xFFFF].tolist())  # NUL is dropped by numpy, which no class but MARK misses
-    table = np.zeros(LIMIT, dtype=np.uint32)
-
-    def mark(kind: int, which: str | np.ndarray) -> None:
-        table[[ord(c) for c in which] if isinstance(which, str) else which] |= np.uint32(kind)
-
-    categories = np.array([unicodedata.category(c)[0] + (unicodedata.category(c)[1:] if ord(c) else "") for c in map(chr, range(LIMIT))])
-    alphabetic, upper, lower = np.char.isalpha(characters), np.char.isupper(characters), np.char.islower(characters)
-    letters = alphabetic.copy()
-    letters[0x3000:0x3040] = True  # spaCy takes the marks of Chinese for letters
-    mark(SPACE, np.array([chr(i).isspace() for i in range(LIMIT)]))
-    mark(LINE, "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
-    mark(ALPHABETIC, alphabetic)
-    mark(LETTER, letters)
-    mark(LOWER, letters & ~upper)
-    mark(UPPER, letters & ~lower)
-    mark(DIGIT, "0123456789")
-    stops = "".join(regex.findall(r"\p{Sentence_Terminal}", everything))
-    mark(STOP, stops)
-    mark(MARK, _MARKS + stops + "៖៙៚" + "".join(map(chr, [*range(9), 11, 12, *range(13, 32), *range(127, 160)])))
-    mark(PUNCTUATION, np.char.startswith(categories, "P"))
-    icons = categories == "So"
-    mark(ICON, icons)
-    mark(QUOTE, _QUOTES)
-    mark(CURRENCY, _CURRENCY)
-    mark(PREFIX, "§%=—–" + _PUNCTUATION + _QUOTES + _CURRENCY)
-    mark(PREFIX, icons)
-    mark(SUFFIX, "—–" + _PUNCTUATION + _QUOTES)
-    mark(SUFFIX, icons)
-    mark(BEFORE_DOT, "0123456789%²-+|" + _PUNCTUATION + _QUOTES)
-    mark(BEFORE_DOT, letters & ~upper)
-    mark(
-        HAN,
-        np.array([0x3400 <= i < 0x4DC0 or 0x4E00 <= i < 0xA000 or 0xF900 <= i < 0xFB00 or 0x20000 <= i < 0x33480 for i in range(LIMIT)]),
-    )
-    return table
-
-
-def short_forms() -> dict[str, list[str]]:
-    """English short forms and what they are split into: "didn't" -> did, n't; "cannot" -> can, not."""
-    whole: dict[str, list[str]] = {}
-
-    def add(*parts: str) -> None:
-        """With its apostrophes, with curly ones, and without."""
-        for first in (parts[0], parts[0].title()):
-            for mark in "'’":
-                spelled = [part.replace("'", mark) for part in (first, *parts[1:])]
-                whole["".join(spelled)] = spelled
-
-    def bare(*parts: str) -> None:
-        add(*parts)
-        add(*[part.replace("'", "") for part in parts])
-
-    bare("i", "'m")
-    bare("i", "'m", "a")
-    for word in "i you he she it we they".split():
-        for tail in (["'ll"], ["'ll", "'ve"], ["'d"], ["'d", "'ve"]):
-            bare(word, *tail)
-    for word in "i you we they".split():
-        bare(word, "'ve")
-    for word in "you we they".split():
-        bare(word, "'re")
-    for word in "he she it".split():
-        bare(word, "'s")
-    for word in "who what when where why how there that this these those".split():
-        for tail in (["'ll"], ["'ll", "'ve"], ["'d"], ["'d", "'ve"]):
-            bare(word, *tail)
-        if word not in ("these", "those"):
-            bare(word, "'s")
-        if word not in ("that", "this"):
-            bare(word, "'re")
-            bare(word, "'ve")
-    for word in "ca could do does did had may might must need ought sha should wo would".split():
-        bare(word, "n't")
-        bare(word, "n't", "'ve")
-    for word in "could might must should would".split():
-        bare(word, "'ve")
-    for word in "ai are is was were have has dare".split():
-        bare(word, "n't")
-    for parts in (["can", "not"], ["gon", "na"], ["got", "ta"], ["let", "'s"], ["c'm", "on"], ["not", "'ve"], ["how", "'d", "'y"]):
-        add(*parts)
-    bare("not", "'ve")
-    for hour in range(1, 13):
-        for period in ("a.m.", "am", "p.m.", "pm"):
-            whole[f"{hour}{period}"] = [str(hour), period]
-    whole |= {"y'all": ["y'", "all"], "yall": ["y", "all"]}
-    for word in "ill its hell shell shed were well whore".split():  # words of their own
-        whole.pop(word, None)
-        whole.pop(word.title(), None)
-    return whole
-
-
-@lru_cache(maxsize=1)
 def _specials() -> tuple[np.ndarray, np.ndarray]:
     """An open-addressing table of words that are split as a whole: hashes uint64 `[4096]` (0: empty) and int8 `[4096, 4]`: the lengths of
     up to three pieces, and 1 if it is a unit."""
-    whole = {word: [word] for word in _ABBREVIATIONS.split()} | {f"{letter}.": [f"{letter}."] for letter in "abcdefghijklmnopqrstuvwxyzäöü"}
+    whole = {word: [word] for word in ABBREVIATIONS.split()} | {f"{letter}.": [f"{letter}."] for letter in "abcdefghijklmnopqrstuvwxyzäöü"}
+    whole |= {face: [face] for face in emoticons()}
     whole |= short_forms()
     keys, pieces = np.zeros(4096, np.uint64), np.zeros((4096, 4), np.int8)
 
@@ -204,7 +89,7 @@ def _specials() -> tuple[np.ndarray, np.ndarray]:
 
     for word, parts in whole.items():
         pieces[slot(word), : len(parts)] = [len(part) for part in parts]
-    for unit in _UNITS.split():
+    for unit in UNITS.split():
         pieces[slot(unit), 3] = 1
     return keys, pieces
 
@@ -213,7 +98,7 @@ def _specials() -> tuple[np.ndarray, np.ndarray]:
 # All in one file: numba's cache of a kernel does not notice that a kernel of another file has changed.
 
 
-@numba.njit(cache=True)
+@kernel
 def _hash(points, a, b):  # type: ignore[no-untyped-def]
     h = np.uint64(0)
     for i in range(a, b):
@@ -222,7 +107,7 @@ def _hash(points, a, b):  # type: ignore[no-untyped-def]
     return h | np.uint64(1)
 
 
-@numba.njit(cache=True)
+@kernel
 def _find(h, keys):  # type: ignore[no-untyped-def]
     """The place of this hash in the table of special words, or -1."""
     at = np.int64(h & np.uint64(4095))
@@ -233,17 +118,17 @@ def _find(h, keys):  # type: ignore[no-untyped-def]
     return -1
 
 
-@numba.njit(cache=True)
+@kernel
 def _special(points, a, b, keys):  # type: ignore[no-untyped-def]
     return _find(_hash(points, a, b), keys) if b - a <= MOST_SPECIAL else -1
 
 
-@numba.njit(cache=True)
+@kernel
 def _is(points, i, table):  # type: ignore[no-untyped-def]
     return table[points[i]] if points[i] < LIMIT else np.uint32(0)
 
 
-@numba.njit(cache=True)
+@kernel
 def _prefix(points, a, b, table):  # type: ignore[no-untyped-def]
     """How many characters to take off the front."""
     if _is(points, a, table) & PREFIX:
@@ -258,7 +143,7 @@ def _prefix(points, a, b, table):  # type: ignore[no-untyped-def]
     return 0
 
 
-@numba.njit(cache=True)
+@kernel
 def _suffix(points, a, b, table, keys, pieces):  # type: ignore[no-untyped-def]
     """How many characters to take off the end."""
     if b <= a:
@@ -293,7 +178,7 @@ def _suffix(points, a, b, table, keys, pieces):  # type: ignore[no-untyped-def]
     return 0
 
 
-@numba.njit(cache=True)
+@kernel
 def _infix(points, i, a, b, table):  # type: ignore[no-untyped-def]
     """How many characters from i on separate two words; 0 if none."""
     c, kind = points[i], _is(points, i, table)
@@ -328,20 +213,21 @@ def _infix(points, i, a, b, table):  # type: ignore[no-untyped-def]
     return 0
 
 
-@numba.njit(cache=True)
+@kernel
 def _host(c):  # type: ignore[no-untyped-def]
     return 97 <= c <= 122 or 65 <= c <= 90 or 48 <= c <= 57 or 0xA1 <= c <= 0xFFFF
 
 
-@numba.njit(cache=True)
+@kernel
 def _address(points, a, b, table):  # type: ignore[no-untyped-def]
     """Whether [a, b) is an address: [scheme://][user@]host.tld[:port][/path]."""
     start = a
-    for i in range(a + 2, b - 2):
-        if points[i] == 58 and points[i + 1] == 47 and points[i + 2] == 47:
+    for i in range(a, b - 2):
+        c = points[i]
+        if i >= a + 2 and c == 58 and points[i + 1] == 47 and points[i + 2] == 47:
             start = i + 3
             break
-        if not (_is(points, i, table) & (ALPHABETIC | DIGIT) or points[i] == 43 or points[i] == 45 or points[i] == 46 or points[i] == 95):
+        if not (_is(points, i, table) & (ALPHABETIC | DIGIT) or c == 43 or c == 45 or c == 46 or c == 95):
             break
     end = b
     for i in range(start, b):
@@ -376,7 +262,7 @@ def _address(points, a, b, table):  # type: ignore[no-untyped-def]
     return label == end
 
 
-@numba.njit(cache=True)
+@kernel
 def _cut(points, a, b, table, keys, pieces, cuts):  # type: ignore[no-untyped-def]
     """Write where the words of [a, b), which holds no whitespace, end; returns how many there are. cuts: int64 `[>= 2 * (b - a)]`."""
     n, back, size, special = 0, len(cuts), -1, -1  # what comes off the end is written from the back
@@ -437,7 +323,18 @@ def _cut(points, a, b, table, keys, pieces, cuts):  # type: ignore[no-untyped-de
     return n
 
 
-@numba.njit(cache=True)
+@kernel
+def _joined(points, begin, cuts, k, parts, table, keys, pieces):  # type: ignore[no-untyped-def]
+    """The last of the pieces from k on that are special together, as `:` and `)` or `Co` and a dot; k if none are."""
+    if k + 1 < parts and (_is(points, begin, table) & FACE or (points[cuts[k]] == 46 and cuts[k + 1] == cuts[k] + 1)):
+        for last in range(min(k + 3, parts - 1), k, -1):
+            at = _special(points, begin, cuts[last], keys)
+            if at >= 0 and pieces[at, 0] == cuts[last] - begin:
+                return last
+    return k
+
+
+@kernel
 def _split(points, offsets, table, keys, pieces):  # type: ignore[no-untyped-def]
     texts, n = len(offsets) - 1, 0
     hashes, lengths, kinds = np.empty(len(points), np.uint64), np.empty(len(points), np.int32), np.empty(len(points), np.uint32)
@@ -471,8 +368,11 @@ def _split(points, offsets, table, keys, pieces):  # type: ignore[no-untyped-def
                 if 2 * (i - begin) > len(cuts):
                     cuts = np.empty(4 * (i - begin), np.int64)
                 parts = _cut(points, begin, i, table, keys, pieces, cuts)
-            for k in range(parts):
+            k = 0
+            while k < parts:
+                k = _joined(points, begin, cuts, k, parts, table, keys, pieces)
                 end = cuts[k]
+                k += 1
                 either, both = np.uint32(0), np.uint32(0xFFFFFFFF)
                 for j in range(begin, end):
                     kind = _is(points, j, table)
