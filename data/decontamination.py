@@ -24,8 +24,8 @@ import pyarrow as pa
 from data.errors import DataError
 from data.minhash import ngrams
 from data.parts import plan_parts, records
-from data.stores import File
 from data.shingles import in_characters, utf8, words
+from data.stores import File
 
 NGRAM = 13
 SHORTEST = 8  # words of a text that counts as a whole; GPT-3's n-grams were of 8 to 13 words, by dataset

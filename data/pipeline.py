@@ -24,12 +24,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 
 from data import stores, tokenizers
 from data.cleaning import id_array, shares
 from data.clusters import exact_duplicates, near_duplicates
 from data.corpus import declare
+from data.decontamination import index_of
 from data.engine import Result, Watch, costs, each_part
 from data.errors import DataError
 from data.fates import BROKEN, KEPT
@@ -40,7 +42,7 @@ from data.refine import NOBODY, Steps, refine
 from data.sharding import Plan, shard
 from data.stores import File
 from data.tokenizers import Tokenizer, train
-from data.work import KEYS, compared_rows, kept_texts, path_of, read_rows
+from data.work import KEYS, PASSAGES, compared_rows, kept_texts, path_of, read_rows, written
 
 FORMAT = "roundhouse corpus 2"  # raise it when parts that are done under an earlier version must not be taken over
 PART_BYTES = 8 << 20
@@ -76,7 +78,9 @@ def prepare_text(
     parts, work = plan_parts(files, part_bytes), out_dir / "work"
     key = _begin(out_dir, files, steps, part_bytes)
 
-    read = each_part("refine", partial(refine, steps=steps, work=work), parts, work / "refined", key, watch)
+    evaluations = ray.put(index_of(steps.against, steps.ngram)) if steps.against else None
+    first_pass = partial(refine, steps=steps, work=work, evaluations=evaluations)
+    read = each_part("refine", first_pass, parts, work / "refined", key, watch)
     rows = sum(r["rows"] for r in read)
     quarantine(files, _broken_rows(work, read), rows, out_dir, max_broken_fraction)
     exact_duplicates([path_of(work, part.number, KEYS) for part in parts], work / "exact")
@@ -89,8 +93,8 @@ def prepare_text(
     sources = list(dict.fromkeys(names))
     plan = Plan(ray.put(tokenizer), limit, tuple(sources.index(name) for name in names), shard_tokens)
     key = _digest(key, tokenizer.fingerprint, limit, names, shard_tokens)
-    work_on = partial(shard, plan=plan, work=work, out=out_dir)
-    made = each_part("tokenize", work_on, parts, out_dir / "documents", key, watch)
+    last_pass = partial(shard, plan=plan, work=work, out=out_dir)
+    made = each_part("tokenize", last_pass, parts, out_dir / "documents", key, watch)
     if tokenizer_dir is not None:
         tokenizer.save(tokenizer_dir)
     about: dict[str, Any] = {
@@ -102,6 +106,8 @@ def prepare_text(
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
     }
+    if steps.against:
+        _write_passages(work, len(parts), out_dir / "contamination.parquet")
     # Beside the manifest, which must not depend on who worked how fast.
     write_json(out_dir / "costs.json", costs([work / "refined", out_dir / "documents"]))
     declare(out_dir, {**about, "about": ["about", *about], "sources": sources}, made)
@@ -111,7 +117,7 @@ def prepare_text(
 
 def _begin(out_dir: Path, files: Sequence[File], steps: Steps, part_bytes: int) -> str:
     """What parts are made of, as a short text; what was made of other things is taken away."""
-    key = _digest(FORMAT, [stores.stamp(file) for file in files], repr(steps), part_bytes)
+    key = _digest(FORMAT, [stores.stamp(file) for file in (*files, *steps.against)], repr(steps), part_bytes)
     began = out_dir / "work" / "key.txt"
     if not began.exists() or began.read_text() != key:
         for name in ("work", "documents", *KEPT):
@@ -130,6 +136,14 @@ def _broken_rows(work: Path, read: Sequence[Result]) -> Iterator[dict[str, Any]]
         if result["broken"]:
             table = read_rows(work, number, ["file", "at", "fate", "reason", "head"])
             yield from table.filter(pc.equal(table["fate"], BROKEN)).to_pylist()
+
+
+def _write_passages(work: Path, parts: int, path: Path) -> None:
+    """Which documents share what with which evaluations, of all parts."""
+    files = [path_of(work, number, PASSAGES) for number in range(parts)]
+    with written(path, pq.read_schema(files[0])) as out:
+        for file in files:
+            out.write_table(pq.read_table(file))
 
 
 def _validation_limit(files: Sequence[File], rows: int, work: Path, read: Sequence[Result], fraction: float) -> int:

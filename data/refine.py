@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from data import minhash
 from data.cleaning import OFF, Cleaning, cleaned, id_array, shares, text_id
-from data.engine import Result
-from data.fates import BROKEN, HEAD, QUALITY, ROW, UNUSABLE
+from data.decontamination import NGRAM, spans
+from data.engine import Result, fetched
+from data.fates import BROKEN, CONTAMINATED, EXCLUDED, HEAD, QUALITY, ROW, UNUSABLE
 from data.language import identify
 from data.parts import Part, records
 from data.quality import edited, reasons
@@ -26,7 +28,7 @@ from data.reading import Broken, Dropped, head_of
 from data.rules import Quality
 from data.shingles import in_characters
 from data.signals import measure
-from data.work import KEYS, ROWS, TEXTS, path_of, written
+from data.work import KEYS, PASSAGES, ROWS, TEXTS, path_of, written
 
 BATCH = 4 << 20  # bytes of input that go through the steps together: few calls, and little memory
 BATCH_ROWS = 8192
@@ -43,16 +45,22 @@ class Steps:
     cleaning: Cleaning = OFF
     quality: Quality | None = None
     near_duplicates: bool = False
+    against: tuple[str, ...] = ()
+    """Files of evaluations, which must not be learned from (decontamination.py)."""
+    ngram: int = NGRAM
+    """Words in a row that a document may not share with them."""
+    exclude: frozenset[bytes] = frozenset()
+    """Ids of documents that nobody wants."""
 
 
-def refine(part: Part, steps: Steps, work: Path) -> Result:
-    """Write a part's rows, texts and keys, and count."""
+def refine(part: Part, steps: Steps, work: Path, evaluations: ray.ObjectRef | None = None) -> Result:
+    """Write a part's rows, texts and keys, and count. `evaluations`: the index of `steps.against`."""
     counts = {"rows": 0, "broken": 0}
     lowest, highest = NOBODY
     with ExitStack() as stack:
         files: dict[str, Any] = {}
         for batch in _batches(part, steps):
-            tables = _refined(batch, counts["rows"], steps)
+            tables = _refined(batch, counts["rows"], steps, evaluations)
             for what, table in tables.items():
                 if what not in files:
                     files[what] = stack.enter_context(written(path_of(work, part.number, what), table.schema))
@@ -119,9 +127,13 @@ def _clean(record: dict[str, Any], cleaning: Cleaning) -> tuple[str, bytes]:
         raise Broken(f"no text: half a surrogate pair, \\u{ord(error.object[error.start]):04x}, at character {error.start}") from None
 
 
-def _refined(batch: list[_Row], first: int, steps: Steps) -> dict[str, pa.Table]:
+def _refined(batch: list[_Row], first: int, steps: Steps, evaluations: ray.ObjectRef | None) -> dict[str, pa.Table]:
     """The tables of a batch whose first row is number `first` of the part."""
     judged = _judged([row for row in batch if row.fate is None], steps.quality)
+    for row in batch:
+        if row.id in steps.exclude:
+            row.fate, row.reason = EXCLUDED, None
+    passages = _decontaminated([row for row in batch if row.fate is None], evaluations)
     fate = np.array([row.fate for row in batch], object)
     text = pa.array([row.text for row in batch], pa.large_string())
     columns = {
@@ -144,7 +156,8 @@ def _refined(batch: list[_Row], first: int, steps: Steps) -> dict[str, pa.Table]
             rows = rows.append_column(name, column)
     here = pa.array(np.array([kind is None for kind in fate], bool))
     texts = pa.table([pa.array(np.flatnonzero(here) + first), text.filter(here)], schema=TEXT)
-    return {ROWS: rows, TEXTS: texts, KEYS: _keys(rows["id"], texts["text"], here, steps)}
+    tables = {ROWS: rows, TEXTS: texts, KEYS: _keys(rows["id"], texts["text"], here, steps)}
+    return tables if passages is None else {**tables, PASSAGES: passages}
 
 
 def _keys(ids: pa.ChunkedArray, texts: pa.ChunkedArray, here: pa.Array, steps: Steps) -> pa.Table:
@@ -159,6 +172,17 @@ def _spread(table: pa.Table, here: pa.Array) -> pa.Table:
     """The rows of `table` where `here` (bool `[n]`) is true, nulls elsewhere."""
     place = pa.compute.subtract(pa.compute.cumulative_sum(pa.compute.cast(here, pa.int64())), 1)
     return table.take(pa.compute.if_else(here, place, None))
+
+
+def _decontaminated(rows: list[_Row], evaluations: ray.ObjectRef | None) -> pa.Table | None:
+    """What these rows' texts share with evaluations, as `decontamination.SPAN` with the document's `id`; fates go into the rows."""
+    if evaluations is None:
+        return None
+    found = spans([row.text for row in rows], fetched(evaluations))
+    of = found["text"].to_pylist()
+    for number, file in zip(of, found["file"].to_pylist(), strict=True):
+        rows[number].fate, rows[number].reason = CONTAMINATED, file
+    return found.drop_columns(["text"]).add_column(0, "id", pa.array([rows[number].id for number in of], pa.binary(16)))
 
 
 def _judged(rows: list[_Row], quality: Quality | None) -> pa.Table | None:

@@ -3,6 +3,7 @@
 work/refined/000012.rows.parquet     every row of the part: columns of fates.ROW and one for each signal
 work/refined/000012.texts.parquet    the texts that may be kept, with their row
 work/refined/000012.keys.parquet     ids, and what nearly equal texts share, of those: what documents are compared by
+work/refined/000012.passages.parquet what they share with evaluations (decontamination.py)
 work/exact/, work/near/              which rows the comparison drops (clusters.py)
 """
 
@@ -19,7 +20,7 @@ from data.clusters import dropped_rows
 from data.fates import DUPLICATE, NEAR, ROW
 from data.files import partial_path
 
-ROWS, TEXTS, KEYS = "rows", "texts", "keys"
+ROWS, TEXTS, KEYS, PASSAGES = "rows", "texts", "keys", "passages"
 COMPARED = ((DUPLICATE, "exact"), (NEAR, "near"))  # fate, and the folder that says whose
 
 

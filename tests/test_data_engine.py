@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,78 +15,70 @@ import ray
 from data.engine import each_part
 from data.errors import DataError
 from data.files import sha256_of
+from data.parts import Part
+from data.readers import Piece
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclass(frozen=True)
-class Thing:
-    number: int
-    size: int = 1_000_000
-
-    @property
-    def name(self) -> str:
-        return f"thing-{self.number}.jsonl"
-
-
-THINGS = [Thing(i) for i in range(5)]
+PARTS = [Part(i, (Piece(0, f"thing-{i}.jsonl", 0, 1_000_000),)) for i in range(5)]
 
 
 def test_results_come_in_order_and_only_once_per_key(ray_session: None, tmp_path: Path) -> None:
-    def work(thing: Thing) -> dict[str, int]:
-        with open(tmp_path / f"calls-{thing.number}", "a") as file:
+    def work(part: Part) -> dict[str, int]:
+        with open(tmp_path / f"calls-{part.number}", "a") as file:
             file.write(".")
-        return {"rows": thing.number * 10}
+        return {"rows": part.number * 10}
 
     said: list[tuple[int, int, str]] = []
-    results = each_part("count", work, THINGS, tmp_path / "work", "a", lambda *args: said.append(args))
+    results = each_part("count", work, PARTS, tmp_path / "work", "a", lambda *args: said.append(args))
     assert [r["rows"] for r in results] == [0, 10, 20, 30, 40]
     assert [(done, of) for done, of, _ in said] == [(i, 5) for i in range(1, 6)]
     assert "rows/s" in said[-1][2]
     assert said[-1][2].endswith("0:00 left")
     (tmp_path / "work/000003.json").write_text('{"key": "a", "resu')  # half a marker is none
-    assert each_part("count", work, THINGS, tmp_path / "work", "a") == results
+    assert each_part("count", work, PARTS, tmp_path / "work", "a") == results
     assert [(tmp_path / f"calls-{i}").read_text() for i in range(5)] == [".", ".", ".", "..", "."]
-    each_part("count", work, THINGS, tmp_path / "work", "b")
+    each_part("count", work, PARTS, tmp_path / "work", "b")
     assert [(tmp_path / f"calls-{i}").read_text() for i in range(5)] == ["..", "..", "..", "...", ".."]
 
 
 def test_a_part_whose_worker_died_is_done_again(ray_session: None, tmp_path: Path) -> None:
-    def work(thing: Thing) -> dict[str, int]:
-        if thing.number == 2 and not (tmp_path / "died").exists():
+    def work(part: Part) -> dict[str, int]:
+        if part.number == 2 and not (tmp_path / "died").exists():
             (tmp_path / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"rows": thing.number}
+        return {"rows": part.number}
 
-    assert [r["rows"] for r in each_part("count", work, THINGS, tmp_path / "work", "a")] == [0, 1, 2, 3, 4]
+    assert [r["rows"] for r in each_part("count", work, PARTS, tmp_path / "work", "a")] == [0, 1, 2, 3, 4]
     assert (tmp_path / "died").exists()
 
 
 def test_a_part_that_keeps_killing_its_workers_is_named(ray_session: None, tmp_path: Path) -> None:
-    def work(thing: Thing) -> dict[str, int]:
-        if thing.number == 2:
+    def work(part: Part) -> dict[str, int]:
+        if part.number == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return {"rows": thing.number}
+        return {"rows": part.number}
 
     with pytest.raises(DataError, match=r"died 4 times on thing-2\.jsonl.*data\.part_bytes"):
-        each_part("count", work, THINGS, tmp_path / "work", "a", deadline_s=100)
+        each_part("count", work, PARTS, tmp_path / "work", "a", deadline_s=100)
 
 
 def test_what_work_raises_arrives_with_the_parts_name(ray_session: None, tmp_path: Path) -> None:
-    def work(thing: Thing) -> dict[str, int]:
+    def work(part: Part) -> dict[str, int]:
         raise ZeroDivisionError("by 0")
 
     with pytest.raises(Exception, match=r"thing-0\.jsonl: ZeroDivisionError\('by 0'\)"):
-        each_part("count", work, THINGS[:1], tmp_path / "work", "a")
+        each_part("count", work, PARTS[:1], tmp_path / "work", "a")
 
 
 def test_a_wait_ends_at_its_deadline_and_names_the_part(ray_session: None, tmp_path: Path) -> None:
-    def work(thing: Thing) -> dict[str, int]:
+    def work(part: Part) -> dict[str, int]:
         time.sleep(15)
         return {}
 
     with pytest.raises(DataError, match=r"no part was done within 8 s; in work: thing-0\.jsonl"):
-        each_part("count", work, THINGS[:1], tmp_path / "work", "a", deadline_s=8)
+        each_part("count", work, PARTS[:1], tmp_path / "work", "a", deadline_s=8)
 
 
 DRIVER = """
