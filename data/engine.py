@@ -42,7 +42,7 @@ class Sized(Protocol):
 
 
 Watch = Callable[[int, int, str], None]
-"""Called with (parts done, parts, "what: how fast and how long still") whenever a part is done."""
+"""Called with (parts done, parts, "what") at the start, and with how fast it goes and how long still whenever a part is done."""
 
 
 def each_part(
@@ -67,6 +67,7 @@ def each_part(
             results[number] = marker["result"]
     todo = [number for number in range(len(parts)) if number not in results]
     meter = Meter(what, parts, results)
+    watch(len(results), len(parts), what)
     shared = ray.put(list(parts))
     for number, result in _run(todo, _task(work, shared, folder, key), parts, folder, what, deadline_s):
         results[number] = result

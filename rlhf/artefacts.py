@@ -61,9 +61,10 @@ MATTERS: dict[str, tuple[str, ...]] = {
 }
 
 # Keys inside those sections that change where, how safely or how often, but not what comes out.
-# `model.init`, the teachers and `tokenizer.extend` count by the content of their files (see `inputs`), not by their names.
+# `model.init`, the teachers, `tokenizer.extend` and `data.exclude` count by the content of their files (see `inputs`), not by their names.
 NO_MATTER = {
     "data.cache_dir",
+    "data.exclude",
     "model.init",
     "tokenizer.extend",
     "pretrain.checkpoint_every",

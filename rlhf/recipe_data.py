@@ -64,6 +64,10 @@ class Data(Section):
     max_broken_fraction: float = key(
         0.01, "Unreadable files and lines are skipped, counted and listed; above this share the run stops.", unit="fraction", ge=0, le=1
     )
+    exclude: str | None = key(
+        None, "A text file of document ids, one a line, that are left out: what was taken out with `roundhouse data drop`.", unit="path"
+    )
+    part_bytes: int = key(8 << 20, "Of the pretraining files, as stored, what one task works on.", unit="bytes", ge=1 << 16)
     shard_tokens: int = key(10_000_000, "Tokens in one shard file.", unit="tokens", ge=1024)
 
 

@@ -216,6 +216,9 @@ def _missing_files(values: dict[str, Any]) -> list[Problem]:
         directory = _section(values, *section).get(name)
         if isinstance(directory, str) and not Path(directory).expanduser().is_dir():
             problems.append(Problem((*section, name), f"is no directory: {directory}"))
+    exclude = _section(values, "data").get("exclude")
+    if isinstance(exclude, str) and not Path(exclude).expanduser().is_file():
+        problems.append(Problem(("data", "exclude"), f"is no file: {exclude}"))
     pieces = _section(values, "tokenizer").get("extend")
     if isinstance(pieces, str) and not Path(pieces).expanduser().is_file():
         problems.append(Problem(("tokenizer", "extend"), f"is no file: {pieces}"))

@@ -8,6 +8,7 @@ The work is `data`'s; here the recipe is handed to it and its counts are reporte
 so a stopped stage keeps the parts that are whole.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction, recipe.data.fields),
             source_of=list(source_of.values()),
             steps=_steps(recipe),
+            part_bytes=recipe.data.part_bytes,
             tokenizer_dir=out / "tokenizer",
             watch=monitor.progress,
             **limits,
@@ -133,9 +135,20 @@ def _steps(recipe: Recipe) -> Any:
     from data.refine import Steps
 
     return Steps(
+        exclude=frozenset(_ids(Path(recipe.data.exclude).expanduser())) if recipe.data.exclude else frozenset(),
         fields=tuple(recipe.data.fields.items()),
         cleaning=Cleaning(**recipe.data.clean.model_dump() | {"pii": tuple(recipe.data.clean.pii)}),
     )
+
+
+def _ids(path: Path) -> list[bytes]:
+    """The document ids in a text file, one a line. Raises RecipeError naming the line that is none."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not re.fullmatch("[0-9a-fA-F]{32}", line.strip()):
+            raise RecipeError(f"{path} line {number}: a document's id is 32 hexadecimal digits, this is {line[:60]!r}")
+        found.append(bytes.fromhex(line.strip()))
+    return found
 
 
 def _ready_tokenizer(recipe: Recipe) -> Any:
