@@ -4,7 +4,8 @@
     python -m benchmarks.reasoning --task chain_sum --algorithm grpo --seeds 1
 
 Runs recipes/grpo.yaml and recipes/ppo_verifier.yaml with the questions of each task; both start from the same pretrained and fine-tuned
-model of a seed. A question is held out by its text: no stage has seen it. Answers are sampled at temperature 1, one to each question. Rows are
+model of a seed. A question is held out by its text: no stage has seen it. Answers are sampled at temperature 1, one to each question.
+Rows are
 {"task", "algorithm", "seed", "before", "after", "curve": [[step, success], ...], "steps", "seconds"}.
 """
 

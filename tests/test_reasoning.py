@@ -78,7 +78,7 @@ def test_options_make_other_questions(cache_dir: Path) -> None:
     [
         (
             "chain_sum?max_term=3",
-            r"'max_term=3' is none \(did you mean max_terms\?\); the options of chain_sum are whole numbers, min_terms",
+            r"'max_term=3' is none \(did you mean max_terms\?\); the options of chain_sum are whole numbers",
         ),
         ("chain_sum?max_terms=few", "'max_terms=few' is none; the options"),
         ("chain_sum?max_terms=3&", "'' is none"),
