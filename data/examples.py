@@ -103,7 +103,7 @@ def prepare_prompts(
             raise Dropped(f"prompt longer than {max_tokens} tokens")
         answer = record.get("answer")
         if not isinstance(answer, str | None):
-            raise Broken(f'"answer" is {answer!r}: a text is needed')
+            raise Broken(f'"answer" must be a text, this is a {type(answer).__name__}')
         return {"prompt": prompt, "answer": answer and normalise(answer)}
 
     return _prepare(files, tokenizer, out_dir, encode, PROMPTS, validation_fraction, max_broken_fraction)

@@ -182,8 +182,8 @@ def test_answers_stand_beside_the_prompts(ray_session: None, tmp_path: Path) -> 
     assert len(answers_of(data / "prompts", "mine.py:half")) == 2
     with pytest.raises(DataError, match=r"row \d of .*parquet: this prompt has no answer to compare with"):
         answers_of(data / "prompts", "exact_match")
-    with pytest.raises(DataError, match=r'"answer" is 7: a text is needed'):
-        prepared(tmp_path, [line("sun", answer=7), line("cat")])
+    with pytest.raises(DataError, match='"answer" must be a text'):
+        prepared(tmp_path, [line("sun", answer=[7]), line("cat")])
     prepared(tmp_path, [line("sun", answer="nus"), line("cat"), line("sun", answer="sun")])
     with pytest.raises(DataError, match="the same prompt stands there with two answers"):
         answers_of(data / "prompts", "mine.py:half")
