@@ -16,6 +16,7 @@ no copy of it, only what it imports.
 import ast
 import math
 import re
+import sys
 import threading
 import time
 import traceback
@@ -107,8 +108,9 @@ def load(name: str, text: str) -> RewardFunction:
     path, colon, function = name.rpartition(":")
     if not colon:
         return REWARDS[name]
-    module = ModuleType(Path(path).stem)
+    module = ModuleType(f"reward_function_{Path(path).stem}")  # no other module has this name
     module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses, for one, look for themselves there
     try:
         exec(compile(text, path, "exec"), module.__dict__)
     except Exception as error:  # noqa: BLE001  # whatever a user's file does

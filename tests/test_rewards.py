@@ -74,12 +74,16 @@ def test_a_function_is_found_in_its_file_without_running_it(tmp_path: Path) -> N
 
 
 FAULTY = """\
+from __future__ import annotations
 import time
+from dataclasses import dataclass
 
-SCALE = 0.5  # a function sees its file's other names
+@dataclass
+class Settings:  # a function sees its file's other names
+    scale: float = 0.5
 
 def half(prompts, responses, answers):
-    return [SCALE * len(r) for r in responses]
+    return [Settings().scale * len(r) for r in responses]
 
 def divides(prompts, responses, answers):
     return [1 / (len(r) - 3) for r in responses]
@@ -108,7 +112,7 @@ def stuck(prompts, responses, answers):
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("divides", r"raised ZeroDivisionError: .*\(faulty.py line 9\) for prompt 'q2', response 'ccc', answer None"),
+        ("divides", r"raised ZeroDivisionError: .*\(faulty.py line 13\) for prompt 'q2', response 'ccc', answer None"),
         ("together", r"raised AssertionError: .* for 3 responses at once, but for none alone; the first is of prompt 'q0'"),
         ("short", r"returned 1 rewards for 3 responses"),
         ("none", r"returned None for 3 responses, where a list of 3 numbers is needed"),
