@@ -33,6 +33,7 @@ from rlhf.recipe import Recipe
 
 # What one usually searches for; any other figure of summary.json needs to be told which way is better.
 BETTER = {
+    "evaluate/aligned_success": "max",
     "pretrain/val_loss": "min",
     "pretrain/val_bits_per_byte": "min",
     "sft/val_loss": "min",
@@ -76,7 +77,7 @@ def search(path: Path, overrides: Sequence[str], metric: str, better: str | None
         raise RecipeError(f"which way is {metric} better? add --better min or --better max ({', '.join(BETTER)} are known)")
     base = recipe_file.load(path, fixed)
     stage = metric.partition("/")[0]
-    if stage not in stages_of(base.align):
+    if stage not in stages_of(base):
         raise RecipeError(f"--metric {metric}: a figure of summary.json is needed, as {', '.join(BETTER)}")
     run_dir = pipeline.run_directory(base)
     asked = [_sample(path, fixed, spaces, i, base, run_dir / "tune") for i in range(trials)]
@@ -127,7 +128,7 @@ def _draw(key: str, text: str, rng: np.random.Generator) -> str:
 
 def _shared(base: Recipe, recipes: list[Recipe], stage: str) -> tuple[str, ...]:
     """The stages before the metric's that are the same in all trials as in the run itself."""
-    line = stages_of(base.align)
+    line = stages_of(base)
     of = [artefacts.identities(r, pipeline.outside_inputs(r)) for r in (base, *recipes)]
     shared = []
     for name in line[: line.index(stage)]:
