@@ -70,6 +70,8 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         ("prompts", recipe.data.prompts, examples.prepare_prompts, recipe.ppo.max_prompt_tokens),
     )
     for number, (part, sources, prepare, max_tokens) in enumerate(wanted, start=1):
+        if part == "preferences" and not recipe.uses_rankings:
+            continue
         monitor.progress(number, len(PARTS), part)
         if (made[part] or {}).get("tokenizer") != tokenizer.fingerprint:
             prepare(_files(recipe, sources), tokenizer, out / part, max_tokens=max_tokens, fields=recipe.data.fields, **limits)
@@ -80,6 +82,10 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     for figure in checked:
         monitor.result(f"data/predicted/{figure['name']}", figure["predicted"])
     data_report.write(out, recipe, checked)
+    if recipe.ppo.reward_function is not None:
+        from rlhf.verifier import answers_of
+
+        answers_of(out / "prompts", recipe.ppo.reward_function)  # to be told of prompts without one now, not when PPO begins
     monitor.progress(len(PARTS), len(PARTS))
 
 
@@ -123,8 +129,8 @@ def source_digest(source: str) -> str:
     from data.stores import stamp
 
     name, colon, _ = source.partition(":")
-    if colon and name in CATALOG:
-        dataset = CATALOG[name]
+    if colon and (base := name.partition("?")[0]) in CATALOG:  # options stand in the recipe itself
+        dataset = CATALOG[base]
         return f"{dataset.package.name} {dataset.package.version} {dataset.package.sha256} {dataset.version}"
     return " ".join(digest(file) if isinstance(file, Path) else stamp(file) for file in resolve(source, ""))
 
