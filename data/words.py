@@ -356,7 +356,7 @@ def _split(points, offsets, table, keys, pieces):  # type: ignore[no-untyped-def
             elif ended and (i - begin > 1 or (i > begin and points[begin] != 32)):
                 sentences[text] += 1  # more than one space is a word to spaCy, which then begins the next sentence
                 ended = False
-            begin, plain = i, np.uint32(LETTER)
+            begin, plain = i, np.uint32(ALPHABETIC)
             while i < stop:
                 kind = _is(points, i, table)
                 if kind & SPACE:
