@@ -17,6 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,7 +32,7 @@ from data import stores, tokenizers
 from data.cleaning import id_array, shares
 from data.clusters import exact_duplicates, near_duplicates
 from data.corpus import declare
-from data.decontamination import index_of
+from data.decontamination import Index, write_report
 from data.engine import Result, Watch, costs, each_part
 from data.errors import DataError
 from data.fates import BROKEN, KEPT
@@ -42,7 +43,7 @@ from data.refine import NOBODY, Steps, refine
 from data.sharding import Plan, shard
 from data.stores import File
 from data.tokenizers import Tokenizer, train
-from data.work import KEYS, PASSAGES, compared_rows, kept_texts, path_of, read_rows, written
+from data.work import KEYS, PASSAGES, compared_rows, kept_texts, path_of, read_rows
 
 FORMAT = "roundhouse corpus 2"  # raise it when parts that are done under an earlier version must not be taken over
 PART_BYTES = 8 << 20
@@ -60,6 +61,7 @@ def prepare_text(
     more_texts: Iterable[str] = (),
     source_of: Sequence[str] = (),
     steps: Steps | None = None,
+    evaluations: Index | None = None,
     part_bytes: int = PART_BYTES,
     tokenizer_dir: Path | None = None,
     watch: Watch = lambda done, of, text: None,
@@ -69,17 +71,18 @@ def prepare_text(
     `tokenizer` is a ready one, or the size of a vocabulary to learn from the training documents and `more_texts`: what the
     model will read and write later is not always in the words of what it is pretrained on. `source_of` names each file's source (default:
     its path); files of one source stand together, so its documents are one run of the stream, whose length the manifest tells. Of equal
-    documents the first stays, so a later source may lose some to an earlier one. `steps`: what else is done to documents.
+    documents the first stays, so a later source may lose some to an earlier one. `steps`: what else is done to documents;
+    those that hold a passage of `evaluations` are dropped, and listed in contaminated.jsonl.
     `tokenizer_dir`: where the tokenizer is saved, before all is declared whole. Needs a connected Ray.
     Raises DataError when too many rows are broken or fewer than two different documents remain.
     """
     (out_dir / "manifest.json").unlink(missing_ok=True)
     steps, names = steps or Steps(), list(source_of or [str(path) for path in files])
     parts, work = plan_parts(files, part_bytes), out_dir / "work"
-    key = _begin(out_dir, files, steps, part_bytes)
+    key = _begin(out_dir, files, steps, part_bytes, evaluations)
 
-    evaluations = ray.put(index_of(steps.against, steps.ngram)) if steps.against else None
-    first_pass = partial(refine, steps=steps, work=work, evaluations=evaluations)
+    index = None if evaluations is None else ray.put(evaluations)
+    first_pass = partial(refine, steps=steps, work=work, evaluations=index)
     read = each_part("refine", first_pass, parts, work / "refined", key, watch)
     rows = sum(r["rows"] for r in read)
     quarantine(files, _broken_rows(work, read), rows, out_dir, max_broken_fraction)
@@ -106,8 +109,9 @@ def prepare_text(
         "tokenizer": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
     }
-    if steps.against:
-        _write_passages(work, len(parts), out_dir / "contamination.parquet")
+    if evaluations is not None:
+        passages = (pq.read_table(path_of(work, part.number, PASSAGES)).to_pylist() for part in parts)
+        write_report(out_dir / "contaminated.jsonl", files, chain.from_iterable(passages), evaluations)
     # Beside the manifest, which must not depend on who worked how fast.
     write_json(out_dir / "costs.json", costs([work / "refined", out_dir / "documents"]))
     declare(out_dir, {**about, "about": ["about", *about], "sources": sources}, made)
@@ -115,9 +119,11 @@ def prepare_text(
     return tokenizer
 
 
-def _begin(out_dir: Path, files: Sequence[File], steps: Steps, part_bytes: int) -> str:
+def _begin(out_dir: Path, files: Sequence[File], steps: Steps, part_bytes: int, evaluations: Index | None) -> str:
     """What parts are made of, as a short text; what was made of other things is taken away."""
-    key = _digest(FORMAT, [stores.stamp(file) for file in (*files, *steps.against)], repr(steps), part_bytes)
+    known = None if evaluations is None else hashlib.sha256(evaluations.hashes.tobytes() + evaluations.owner.tobytes()).hexdigest()
+    excluded = sorted(one.hex() for one in steps.exclude)  # a set has no order of its own
+    key = _digest(FORMAT, [stores.stamp(file) for file in files], repr(replace(steps, exclude=frozenset())), excluded, part_bytes, known)
     began = out_dir / "work" / "key.txt"
     if not began.exists() or began.read_text() != key:
         for name in ("work", "documents", *KEPT):
@@ -136,14 +142,6 @@ def _broken_rows(work: Path, read: Sequence[Result]) -> Iterator[dict[str, Any]]
         if result["broken"]:
             table = read_rows(work, number, ["file", "at", "fate", "reason", "head"])
             yield from table.filter(pc.equal(table["fate"], BROKEN)).to_pylist()
-
-
-def _write_passages(work: Path, parts: int, path: Path) -> None:
-    """Which documents share what with which evaluations, of all parts."""
-    files = [path_of(work, number, PASSAGES) for number in range(parts)]
-    with written(path, pq.read_schema(files[0])) as out:
-        for file in files:
-            out.write_table(pq.read_table(file))
 
 
 def _validation_limit(files: Sequence[File], rows: int, work: Path, read: Sequence[Result], fraction: float) -> int:

@@ -18,7 +18,7 @@ import ray
 
 from data import minhash
 from data.cleaning import OFF, Cleaning, cleaned, id_array, shares, text_id
-from data.decontamination import NGRAM, spans
+from data.decontamination import spans
 from data.engine import Result, fetched
 from data.fates import BROKEN, CONTAMINATED, EXCLUDED, HEAD, QUALITY, ROW, UNUSABLE
 from data.language import identify
@@ -45,16 +45,12 @@ class Steps:
     cleaning: Cleaning = OFF
     quality: Quality | None = None
     near_duplicates: bool = False
-    against: tuple[str, ...] = ()
-    """Files of evaluations, which must not be learned from (decontamination.py)."""
-    ngram: int = NGRAM
-    """Words in a row that a document may not share with them."""
     exclude: frozenset[bytes] = frozenset()
     """Ids of documents that nobody wants."""
 
 
 def refine(part: Part, steps: Steps, work: Path, evaluations: ray.ObjectRef | None = None) -> Result:
-    """Write a part's rows, texts and keys, and count. `evaluations`: the index of `steps.against`."""
+    """Write a part's rows, texts and keys, and count. `evaluations`: a `decontamination.Index`; what holds a passage of it is dropped."""
     counts = {"rows": 0, "broken": 0}
     lowest, highest = NOBODY
     with ExitStack() as stack:
@@ -175,14 +171,20 @@ def _spread(table: pa.Table, here: pa.Array) -> pa.Table:
 
 
 def _decontaminated(rows: list[_Row], evaluations: ray.ObjectRef | None) -> pa.Table | None:
-    """What these rows' texts share with evaluations, as `decontamination.SPAN` with the document's `id`; fates go into the rows."""
+    """What these rows' texts share with evaluations: `decontamination.SPAN`, and where the text is (`in_file`, `in_at`, `id`); fates go
+    into the rows."""
     if evaluations is None:
         return None
     found = spans([row.text for row in rows], fetched(evaluations))
-    of = found["text"].to_pylist()
-    for number, file in zip(of, found["file"].to_pylist(), strict=True):
-        rows[number].fate, rows[number].reason = CONTAMINATED, file
-    return found.drop_columns(["text"]).add_column(0, "id", pa.array([rows[number].id for number in of], pa.binary(16)))
+    of = [rows[number] for number in found["text"].to_pylist()]
+    for row, file in zip(of, found["file"].to_pylist(), strict=True):
+        row.fate, row.reason = CONTAMINATED, file
+    places = {
+        "in_file": pa.array([row.file for row in of], pa.int32()),
+        "in_at": pa.array([row.at for row in of], pa.int64()),
+        "id": pa.array([row.id.hex() for row in of if row.id is not None], pa.string()),
+    }
+    return pa.table({**dict(zip(found.column_names, found.columns, strict=True)), **places})
 
 
 def _judged(rows: list[_Row], quality: Quality | None) -> pa.Table | None:
