@@ -28,6 +28,7 @@ from data.files import write_json
 from data.reading import Broken, check_broken, ordered, read
 from data.shards import Document, ShardWriter
 from data.tokenizers import Tokenizer, train
+from data.vocabulary import Growth
 
 TEXT = pa.schema([("id", pa.binary(16)), ("text", pa.large_string())])
 COUNTED = ("documents", "tokens", "bytes_of_text")
@@ -36,7 +37,7 @@ VOCABULARY_BYTES = 2 << 30  # a vocabulary is learned from at most this much tex
 
 def prepare_text(
     files: list[Path],
-    tokenizer: Tokenizer | int,
+    tokenizer: Tokenizer | Growth | int,
     out_dir: Path,
     *,
     validation_fraction: float,
@@ -47,10 +48,10 @@ def prepare_text(
 ) -> Tokenizer:
     """Write `out_dir`/{train,validation} (see `shards`), broken.jsonl and manifest.json; returns the tokenizer.
 
-    `tokenizer` is a ready one, or the size of a vocabulary to learn from the training documents and `more_texts`: what the
-    model will read and write later is not always in the words of what it is pretrained on. `source_of` names each file's source (default:
-    its path); files of one source stand together, so its documents are one run of the stream, whose length the manifest tells. Of equal
-    documents the first stays, so a later source may lose some to an earlier one. Needs a connected Ray.
+    `tokenizer` is a ready one, or one to be grown, or the size of a vocabulary to learn, from the training documents and `more_texts`:
+    what the model will read and write later is not always in the words of what it is pretrained on. `source_of` names each file's source
+    (default: its path); files of one source stand together, so its documents are one run of the stream, whose length the manifest tells.
+    Of equal documents the first stays, so a later source may lose some to an earlier one. Needs a connected Ray.
     Raises DataError when too many rows are broken or fewer than two different documents remain.
     """
     (out_dir / "manifest.json").unlink(missing_ok=True)
@@ -66,8 +67,9 @@ def prepare_text(
             )
         again = repeated(ids)
         plan = Plan(skip=frozenset(map(tuple, keys[again].tolist())), limit=validation_limit(ids[~again], validation_fraction))
-        if isinstance(tokenizer, int):
-            tokenizer = train(chain(_training_texts(rows, plan), more_texts), tokenizer)
+        if not isinstance(tokenizer, Tokenizer):
+            texts = chain(_training_texts(rows, plan), more_texts)
+            tokenizer = train(texts, tokenizer) if isinstance(tokenizer, int) else tokenizer.learned(texts)
         manifests, sizes = _write(rows, plan, tokenizer, out_dir, shard_tokens, source_of)
     write_json(
         out_dir / "manifest.json",
@@ -157,13 +159,13 @@ def _write(
         here: Tokenizer = fetched(reference)
         block, held_out = plan.select(block)
         texts = block["text"].to_pylist()
-        encoded = [[*ids, here.end_of_text] for ids in here.encode_batch(texts)]
+        tokens, lengths = here.encode_flat(texts)
         columns = {
             "file": block["file"],
             "id": block["id"],
             "validation": pa.array(held_out),
             "bytes": pa.array([len(text.encode()) for text in texts], pa.int64()),
-            "tokens": pa.array(encoded, pa.large_list(pa.uint32())),
+            "tokens": pa.LargeListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]), pa.array(tokens)),
         }
         return pa.table(columns)
 
