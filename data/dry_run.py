@@ -22,13 +22,14 @@ from data.parts import Part, plan_parts
 from data.refine import Steps, refine
 from data.stores import File
 from data.tokenizers import Tokenizer, train
+from data.vocabulary import Growth
 from data.work import kept_texts, read_rows
 
 LEAST = 64 << 10  # bytes of a piece: shorter ones begin and end in the middle of most documents
 PIECES = 16  # at least, of divisible files: neighbours resemble each other
 
 
-def predict(files: Sequence[File], tokenizer: Tokenizer | int, steps: Steps, share: float = 0.01) -> dict[str, float]:
+def predict(files: Sequence[File], tokenizer: Tokenizer | Growth | int, steps: Steps, share: float = 0.01) -> dict[str, float]:
     """Figures of the full run by name, predicted; the same names as `found` gives of a prepared corpus. No Ray.
 
     Raises DataError as reading does.
@@ -54,6 +55,8 @@ def predict(files: Sequence[File], tokenizer: Tokenizer | int, steps: Steps, sha
         for part, here in zip(sample, kept, strict=True):
             for _, some in kept_texts(work, part.number, here):
                 texts += some
+        if isinstance(tokenizer, Growth):
+            tokenizer = tokenizer.base  # its words come from the whole corpus: there will be fewer tokens
         if isinstance(tokenizer, int):  # the sample is smaller than the corpus: a smaller vocabulary may be all that it gives
             tokenizer = _learned(texts, tokenizer)
         since = time.process_time()

@@ -43,6 +43,7 @@ from data.refine import NOBODY, Steps, refine
 from data.sharding import Plan, shard
 from data.stores import File
 from data.tokenizers import Tokenizer, train
+from data.vocabulary import Growth
 from data.work import KEYS, PASSAGES, compared_rows, kept_texts, path_of, read_rows
 
 FORMAT = "roundhouse corpus 2"  # raise it when parts that are done under an earlier version must not be taken over
@@ -52,7 +53,7 @@ VOCABULARY_BYTES = 2 << 30  # a vocabulary is learned from at most this much tex
 
 def prepare_text(
     files: Sequence[File],
-    tokenizer: Tokenizer | int,
+    tokenizer: Tokenizer | Growth | int,
     out_dir: Path,
     *,
     validation_fraction: float,
@@ -68,12 +69,11 @@ def prepare_text(
 ) -> Tokenizer:
     """Write `out_dir`/{train,validation} (see `shards`), documents/, broken.jsonl and manifest.json; returns the tokenizer.
 
-    `tokenizer` is a ready one, or the size of a vocabulary to learn from the training documents and `more_texts`: what the
-    model will read and write later is not always in the words of what it is pretrained on. `source_of` names each file's source (default:
-    its path); files of one source stand together, so its documents are one run of the stream, whose length the manifest tells. Of equal
-    documents the first stays, so a later source may lose some to an earlier one. `steps`: what else is done to documents;
-    those that hold a passage of `evaluations` are dropped, and listed in contaminated.jsonl.
-    `tokenizer_dir`: where the tokenizer is saved, before all is declared whole. Needs a connected Ray.
+    `tokenizer` is a ready one, or one to be grown, or the size of a vocabulary to learn, from the training documents and `more_texts`:
+    what the model will read and write later is not always in the words of what it is pretrained on. `source_of` names each file's source
+    (default: its path); files of one source stand together, so its documents are one run of the stream, whose length the manifest tells.
+    Of equal documents the first stays, so a later source may lose some to an earlier one. `steps`: what else is done to documents;
+    those that hold a passage of `evaluations` are dropped, and listed in contaminated.jsonl. `tokenizer_dir`: where the tokenizer is saved, before all is declared whole. Needs a connected Ray.
     Raises DataError when too many rows are broken or fewer than two different documents remain.
     """
     (out_dir / "manifest.json").unlink(missing_ok=True)
@@ -90,7 +90,7 @@ def prepare_text(
     if steps.near_duplicates:
         near_duplicates([path_of(work, part.number, KEYS) for part in parts], work / "near", without=work / "exact")
     limit = _validation_limit(files, rows, work, read, validation_fraction)
-    if isinstance(tokenizer, int):
+    if not isinstance(tokenizer, Tokenizer):
         tokenizer = _learned(tokenizer, work, len(parts), limit, more_texts)
 
     sources = list(dict.fromkeys(names))
@@ -167,13 +167,14 @@ def _open_shares(work: Path, number: int) -> np.ndarray:
     return shares(id_array(table["id"].filter(pc.is_null(table["fate"]))))
 
 
-def _learned(vocab_size: int, work: Path, parts: int, limit: int, more_texts: Iterable[str]) -> Tokenizer:
+def _learned(wanted: Growth | int, work: Path, parts: int, limit: int, more_texts: Iterable[str]) -> Tokenizer:
     """A vocabulary of the training texts, kept in `work`: a run that goes on needs not learn it again."""
-    key = _digest(vocab_size, limit)
-    kept = work / "tokenizer" / key
+    key = [wanted] if isinstance(wanted, int) else [wanted.base.fingerprint, wanted.pieces]
+    kept = work / "tokenizer" / _digest(*key, limit)
     if (kept / "tokenizer.json").exists():
         return tokenizers.load(kept)
-    learned = train(chain(_training_texts(work, parts, limit), more_texts), vocab_size)
+    texts = chain(_training_texts(work, parts, limit), more_texts)
+    learned = train(texts, wanted) if isinstance(wanted, int) else wanted.learned(texts)
     learned.save(kept)
     return learned
 

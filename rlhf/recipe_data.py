@@ -83,7 +83,13 @@ class Tokenizer(Section):
     )
     extend: str | None = key(
         None,
-        'With `model`: a .jsonl file of {"piece": "..."}, words to become tokens of their own. Their rows start as means of the old ones.',
+        'A .jsonl file of {"piece": "..."}, words to become tokens of a ready vocabulary. Their rows start as means of the old ones.',
         unit="path",
+    )
+    extend_from_corpus: int = key(
+        0,
+        "So many tokens are added to a ready vocabulary: those that save most tokens in the pretraining and sft texts.",
+        unit="tokens",
+        ge=0,
     )
     vocab_size: int = key(4096, "Size of a trained vocabulary, special tokens included.", unit="tokens", ge=300)

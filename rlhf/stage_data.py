@@ -41,7 +41,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         source_of = _source_of(recipe, recipe.data.pretrain)
         prepare_text(
             list(source_of),
-            recipe.tokenizer.vocab_size if ready is None else ready,
+            ready,
             out / "pretrain",
             shard_tokens=recipe.data.shard_tokens,
             more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction, recipe.data.fields),
@@ -97,9 +97,7 @@ def predict(recipe: Recipe, share: float) -> dict[str, float]:
     from data import dry_run
     from rlhf import artefacts, pipeline
 
-    ready = _ready_tokenizer(recipe)
-    tokenizer = recipe.tokenizer.vocab_size if ready is None else ready
-    figures = dry_run.predict(_files(recipe, recipe.data.pretrain), tokenizer, _steps(recipe), share)
+    figures = dry_run.predict(_files(recipe, recipe.data.pretrain), _ready_tokenizer(recipe), _steps(recipe), share)
     run_dir = pipeline.run_directory(recipe)
     run_dir.mkdir(parents=True, exist_ok=True)
     identity = artefacts.identities(recipe, pipeline.outside_inputs(recipe))["data"]
@@ -158,20 +156,30 @@ def _ids(path: Path) -> list[bytes]:
 
 
 def _ready_tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer that the recipe names; None when one is to be learned from the texts."""
+    """What `prepare_text` takes: the tokenizer that the recipe names, one that grows by the texts, or a size to learn."""
     from data import tokenizers
+    from data.vocabulary import Growth
 
-    encoding = recipe.tokenizer.encoding
+    wanted, encoding = recipe.tokenizer, recipe.tokenizer.encoding
     if encoding == "train":
-        return None
+        return wanted.vocab_size
     if encoding == "model":
         if recipe.model.init is None:
             raise RecipeError("tokenizer.encoding = model needs model.init")
-        found = tokenizers.from_model(Path(recipe.model.init).expanduser())
-        if recipe.tokenizer.extend is None:
-            return found
-        return found.extended(tokenizers.read_pieces(Path(recipe.tokenizer.extend).expanduser()))
-    return tokenizers.named(encoding, Path(recipe.data.cache_dir).expanduser())
+        folder = Path(recipe.model.init).expanduser()
+        found = tokenizers.load(folder) if wanted.extend_from_corpus else tokenizers.from_model(folder)
+    else:
+        found = tokenizers.named(encoding, Path(recipe.data.cache_dir).expanduser())
+    if wanted.extend is not None:
+        found = found.extended(tokenizers.read_pieces(Path(wanted.extend).expanduser()))
+    if not wanted.extend_from_corpus:
+        return found
+    if not isinstance(found, tokenizers.BytePairTokenizer):
+        raise RecipeError(
+            "tokenizer.extend_from_corpus counts what byte pairs of a vocabulary join, and this model's tokenizer does not keep its ranks: "
+            "give the words yourself (tokenizer.extend), or start from a model that roundhouse made"
+        )
+    return Growth(found, wanted.extend_from_corpus)
 
 
 def _files(recipe: Recipe, sources: list[str]) -> list[File]:
