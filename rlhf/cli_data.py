@@ -36,3 +36,23 @@ def data_get(
 
     for name in names:
         say(f"{name}  ->  {get(name, cache_dir.expanduser())}")
+
+
+@data_app.command("export")
+def data_export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/quickstart.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write train, validation and the tokenizer.")],
+    to: Annotated[str, typer.Option(help="The format: megatron.")] = "megatron",
+) -> None:
+    """A run's token shards for another trainer: Megatron-Core's .bin and .idx, and the tokenizer beside them."""
+    from data import megatron, tokenizers
+    from data.errors import DataError
+    from data.shards import TokenShards
+
+    if to != "megatron":
+        raise DataError(f"--to {to}: the one other format is megatron")
+    for split in ("train", "validation"):
+        documents, tokens = megatron.export(TokenShards(run_dir / "data" / "pretrain" / split), out / split)
+        say(f"{out / split}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
+    tokenizers.load(run_dir / "data" / "tokenizer").save(out / "tokenizer")
+    say(f"{out / 'tokenizer'}: opens in transformers")
