@@ -103,3 +103,23 @@ def _show(documents: "list[Found]", tokens: str) -> None:
     for one in documents:
         table.add_row(one.id, f"{one.tokens:,}", escape(one.source), escape(f"{one.file}:{one.at}"), escape(one.head[:80]))
     console.print(table)
+
+
+@data_app.command("export")
+def data_export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/quickstart.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write train, validation and the tokenizer.")],
+    to: Annotated[str, typer.Option(help="The format: megatron.")] = "megatron",
+) -> None:
+    """A run's token shards for another trainer: Megatron-Core's .bin and .idx, and the tokenizer beside them."""
+    from data import megatron, tokenizers
+    from data.errors import DataError
+    from data.shards import TokenShards
+
+    if to != "megatron":
+        raise DataError(f"--to {to}: the one other format is megatron")
+    for split in ("train", "validation"):
+        documents, tokens = megatron.export(TokenShards(run_dir / "data" / "pretrain" / split), out / split)
+        say(f"{out / split}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
+    tokenizers.load(run_dir / "data" / "tokenizer").save(out / "tokenizer")
+    say(f"{out / 'tokenizer'}: opens in transformers")
