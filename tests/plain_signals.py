@@ -144,16 +144,12 @@ def pieces(s: str) -> list[str]:
     found = front + middle + back[::-1]
     joined, k = [], 0
     while k < len(found):
-        n = 1
-        if k + 1 < len(found) and (found[k][0] in "():;=[]<>8xX'’" or found[k + 1] == "."):
-            n = next(
-                (
-                    m
-                    for m in (4, 3, 2)
-                    if k + m <= len(found) and SPECIAL.get("".join(found[k : k + m]), [""])[0] == "".join(found[k : k + m])
-                ),
-                1,
-            )
+        several = ["".join(found[k : k + m]) for m in (4, 3, 2) if k + m <= len(found)]
+        whole = [word for word in several if SPECIAL.get(word) == [word]]
+        if whole and (found[k][0] in "():;=[]<>8xX'’" or found[k + 1] == "."):
+            n = next(m for m in (4, 3, 2) if "".join(found[k : k + m]) == whole[0])
+        else:
+            n = 1
         joined.append("".join(found[k : k + n]))
         k += n
     return joined
