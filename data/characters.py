@@ -82,5 +82,5 @@ def classes() -> np.ndarray:
         HAN,
         np.array([0x3400 <= i < 0x4DC0 or 0x4E00 <= i < 0xA000 or 0xF900 <= i < 0xFB00 or 0x20000 <= i < 0x33480 for i in range(LIMIT)]),
     )
-    mark(FACE, "():;=[]<>8xX'")
+    mark(FACE, "():;=[]<>8xX'’")
     return table

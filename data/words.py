@@ -77,6 +77,7 @@ def _specials() -> tuple[np.ndarray, np.ndarray]:
     up to three pieces, and 1 if it is a unit."""
     whole = {word: [word] for word in ABBREVIATIONS.split()} | {f"{letter}.": [f"{letter}."] for letter in "abcdefghijklmnopqrstuvwxyzäöü"}
     whole |= {face: [face] for face in emoticons()}
+    whole |= {word.replace("'", "’"): [word.replace("'", "’")] for word in whole}
     whole |= short_forms()
     keys, pieces = np.zeros(4096, np.uint64), np.zeros((4096, 4), np.int8)
 

@@ -16,7 +16,8 @@ MEANINGLESS = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~«´»–—’“”„…
 BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 
 SPECIAL = {w: [w] for w in ABBREVIATIONS.split()} | {f"{c}.": [f"{c}."] for c in "abcdefghijklmnopqrstuvwxyzäöü"}
-SPECIAL |= {face: [face] for face in emoticons()} | short_forms()
+SPECIAL |= {face: [face] for face in emoticons()}
+SPECIAL |= {word.replace("'", "’"): [word.replace("'", "’")] for word in SPECIAL} | short_forms()
 
 
 def letter(c: str) -> bool:
@@ -96,7 +97,6 @@ HOST = "A-Za-z0-9\u00a1-\uffff"
 
 
 def address(s: str) -> bool:
-    s = re.sub(r"^[^\W]{1}", lambda m: m[0], s)
     scheme = re.match(r"(?:[^\W_]|[+\-._]){2,}?://", s)
     rest = s[scheme.end() :] if scheme else s
     place = re.match(r"[^/?#]*", rest)[0].rpartition("@")[2]
@@ -144,16 +144,12 @@ def pieces(s: str) -> list[str]:
     found = front + middle + back[::-1]
     joined, k = [], 0
     while k < len(found):
-        n = 1
-        if k + 1 < len(found) and (found[k][0] in "():;=[]<>8xX'" or found[k + 1] == "."):
-            n = next(
-                (
-                    m
-                    for m in (4, 3, 2)
-                    if k + m <= len(found) and SPECIAL.get("".join(found[k : k + m]), [""])[0] == "".join(found[k : k + m])
-                ),
-                1,
-            )
+        several = ["".join(found[k : k + m]) for m in (4, 3, 2) if k + m <= len(found)]
+        whole = [word for word in several if SPECIAL.get(word) == [word]]
+        if whole and (found[k][0] in "():;=[]<>8xX'’" or found[k + 1] == "."):
+            n = next(m for m in (4, 3, 2) if "".join(found[k : k + m]) == whole[0])
+        else:
+            n = 1
         joined.append("".join(found[k : k + n]))
         k += n
     return joined
