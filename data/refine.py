@@ -21,6 +21,7 @@ from data.cleaning import OFF, Cleaning, cleaned, id_array, shares, text_id
 from data.decontamination import spans
 from data.engine import Result, fetched
 from data.fates import BROKEN, CONTAMINATED, EXCLUDED, HEAD, QUALITY, ROW, UNUSABLE
+from data.formats import document
 from data.language import identify
 from data.parts import Part, records
 from data.quality import edited, reasons
@@ -109,7 +110,7 @@ def _batches(part: Part, steps: Steps) -> Iterator[list[_Row]]:
 
 def _clean(record: dict[str, Any], cleaning: Cleaning) -> tuple[str, bytes]:
     """A record's clean text, and its id; Broken when it has none, Dropped when there is nothing left of it."""
-    text = record.get("text")
+    text = document(record)
     if not isinstance(text, str) or not text.strip():
         if cleaning.drop_missing and (text is None or text == ""):
             raise Dropped("no text")
