@@ -11,6 +11,8 @@ from rich.text import Text
 from rlhf.monitoring import console, say
 
 if TYPE_CHECKING:
+    from data.showing import Token
+    from data.tokenizers import Tokenizer
     from rlhf.provenance import Found
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/quickstart.")]
@@ -23,9 +25,6 @@ PREDICTED = {
     "core_hours": "of processors like this one, for all parts",
     "worker_mb": "memory of a worker at most, in MB",
 }
-    from data.showing import Token
-    from data.tokenizers import Tokenizer
-
 data_app = typer.Typer(help="Corpora: by name, and what became of them.", no_args_is_help=True)
 
 
@@ -111,7 +110,7 @@ def _show(documents: "list[Found]", tokens: str) -> None:
 
 @data_app.command("export")
 def data_export(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/quickstart.")],
+    run_dir: RunDir,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write train, validation and the tokenizer.")],
     to: Annotated[str, typer.Option(help="The format: megatron.")] = "megatron",
 ) -> None:
