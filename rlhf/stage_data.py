@@ -31,6 +31,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         "max_broken_fraction": recipe.data.max_broken_fraction,
         "fields": recipe.data.fields,
     }
+    evaluations = _evaluations(recipe)
     made = {part: read_json(out / part / "manifest.json") for part in PARTS}
 
     monitor.progress(0, len(PARTS), "pretraining texts")
@@ -68,7 +69,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     for number, (part, sources, prepare, max_tokens) in enumerate(wanted, start=1):
         monitor.progress(number, len(PARTS), part)
         if (made[part] or {}).get("tokenizer") != tokenizer.fingerprint:
-            prepare(_files(recipe, sources), tokenizer, out / part, max_tokens=max_tokens, **limits)
+            prepare(_files(recipe, sources), tokenizer, out / part, max_tokens=max_tokens, evaluations=evaluations, **limits)
         counts = _report_part(monitor, out, part)
         for split in ("train", "validation"):
             monitor.result(f"{part}_{split}", counts[split]["rows"])
@@ -106,6 +107,14 @@ def _ready_tokenizer(recipe: Recipe) -> Any:
             return found
         return found.extended(tokenizers.read_pieces(Path(recipe.tokenizer.extend).expanduser()))
     return tokenizers.named(encoding, Path(recipe.data.cache_dir).expanduser())
+
+
+def _evaluations(recipe: Recipe) -> Any:
+    """The index of what must not be trained on; None when the recipe names nothing."""
+    from data.decontamination import index_of
+
+    asked = recipe.data.decontaminate
+    return index_of(_files(recipe, asked.against), asked.ngram) if asked.against else None
 
 
 def _files(recipe: Recipe, sources: list[str]) -> list[File]:
