@@ -25,6 +25,7 @@ from ray.data import Dataset
 from data.cleaning import OFF, Cleaning, cleaned, repeated, shares, text_id, validation_limit
 from data.errors import DataError
 from data.files import write_json
+from data.formats import document
 from data.reading import Broken, Dropped, check_broken, ordered, read
 from data.shards import Document, ShardWriter
 from data.stores import File
@@ -91,7 +92,7 @@ def prepare_text(
 
 def clean(record: dict[str, Any], cleaning: Cleaning = OFF) -> dict[str, Any]:
     """A record's columns `id` and `text`; Broken (or Dropped, if `cleaning` says so) when it has no text."""
-    text = record.get("text")
+    text = document(record)
     if cleaning.drop_missing and (text is None or text == ""):
         raise Dropped("no text")
     if not isinstance(text, str) or not text.strip():

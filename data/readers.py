@@ -131,6 +131,10 @@ class Decompressed:
             raise self._damage
         return b"".join(found)
 
+    def tell(self) -> int:
+        """Bytes read so far."""
+        return self._limit - self._left
+
     def __enter__(self) -> "Decompressed":
         return self
 

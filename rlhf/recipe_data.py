@@ -67,11 +67,15 @@ class Data(Section):
         ..., "Conversations to fine-tune on: `name:chat`, or .jsonl files of {messages: [{role, content}]}.", min_length=1
     )
     preferences: list[Source] = key(
+        [],
+        "Human rankings: `name:preferences`, or .jsonl files of {messages, chosen, rejected} or {messages, ranked: [best, ...]}. "
+        "A recipe with `ppo.reward_function` needs none.",
+    )
+    prompts: list[Source] = key(
         ...,
-        "Human rankings: `name:preferences`, or .jsonl files of {messages, chosen, rejected} or {messages, ranked: [best, ...]}.",
+        "What PPO answers: `name:prompts`, or .jsonl files of {messages}, with {answer} for some of `ppo.reward_function`.",
         min_length=1,
     )
-    prompts: list[Source] = key(..., "What PPO answers: `name:prompts`, or .jsonl files of {messages}.", min_length=1)
     fields: dict[FieldName, Source] = key(
         {}, "Under which names the files have what is called so here, as {text: content}; a row without that name keeps its own."
     )
