@@ -32,7 +32,7 @@ from data import stores, tokenizers
 from data.cleaning import id_array, shares
 from data.clusters import exact_duplicates, near_duplicates
 from data.corpus import declare
-from data.decontamination import Index
+from data.decontamination import Index, write_report
 from data.engine import Result, Watch, costs, each_part
 from data.errors import DataError
 from data.fates import BROKEN, KEPT
@@ -111,8 +111,6 @@ def prepare_text(
         "vocab_size": tokenizer.vocab_size,
     }
     if evaluations is not None:
-        from data.decontamination import write_report  # type: ignore[attr-defined]
-
         passages = (pq.read_table(path_of(work, part.number, PASSAGES)).to_pylist() for part in parts)
         write_report(out_dir / "contaminated.jsonl", files, chain.from_iterable(passages), evaluations)
     # Beside the manifest, which must not depend on who worked how fast.
