@@ -1,30 +1,77 @@
 """The recipe's sections on text: where it comes from, what is kept of it, how it becomes tokens."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 from rlhf.recipe_base import Section, Source, key
+
+FIELDS = (
+    *("text", "source", "target", "category", "messages", "conversations", "system", "instruction", "input", "output"),
+    *("prompt", "answer", "chosen", "rejected", "margin", "ranked", "scores", "split"),
+)
+"""What `data` knows by name in a row."""
+
+
+def _known_field(name: str) -> str:
+    if name not in FIELDS:
+        raise ValueError(f"{name!r} is none of {', '.join(FIELDS)}")
+    return name
+
+
+FieldName = Annotated[str, AfterValidator(_known_field)]
+
+
+class Clean(Section):
+    """What is done to pretraining texts besides Unicode's normal form. All of it looks at one text alone."""
+
+    html: bool = key(False, "The texts are HTML pages: keep their main content. (.html and .warc files are read so in any case.)")
+    repair: bool = key(False, "Undo wrong decodings, Ã© for é, where ftfy sees any.", source="https://github.com/rspeer/python-ftfy")
+    control: bool = key(False, "Take out control characters and byte order marks; all line ends become \\n.")
+    boilerplate: bool = key(
+        False, "Take out lines that speak of javascript, cookie and privacy policies or terms of use.", source="arXiv:1910.10683"
+    )
+    pii: list[Literal["email", "ip", "phone", "chinese_phone", "chinese_id"]] = key(
+        [],
+        "Personal data to replace by addresses and numbers that belong to nobody; IP addresses if they are public.",
+        source="arXiv:2406.17557",
+    )
+    drop_missing: bool = key(False, "Rows without a text are dropped and counted; else they are broken.")
 
 
 class Data(Section):
     pretrain: list[Source] = key(
         ...,
-        "Texts to pretrain on: `name:text` of the catalogue (`roundhouse data list`), or paths and globs of .txt / .jsonl files.",
+        "Texts to pretrain on: `name:text` of the catalogue (`roundhouse data list`), or paths, globs and URIs (s3, gs, hf) of "
+        ".jsonl, .parquet, .txt, .html and .warc files, also .gz and .zst.",
         min_length=1,
     )
     sft: list[Source] = key(
         ..., "Conversations to fine-tune on: `name:chat`, or .jsonl files of {messages: [{role, content}]}.", min_length=1
     )
     preferences: list[Source] = key(
+        [],
+        "Human rankings: `name:preferences`, or .jsonl files of {messages, chosen, rejected} or {messages, ranked: [best, ...]}. "
+        "A recipe with `ppo.reward_function` needs none.",
+    )
+    prompts: list[Source] = key(
         ...,
-        "Human rankings: `name:preferences`, or .jsonl files of {messages, chosen, rejected} or {messages, ranked: [best, ...]}.",
+        "What PPO answers: `name:prompts`, or .jsonl files of {messages}, with {answer} for some of `ppo.reward_function`.",
         min_length=1,
     )
-    prompts: list[Source] = key(..., "What PPO answers: `name:prompts`, or .jsonl files of {messages}.", min_length=1)
+    fields: dict[FieldName, Source] = key(
+        {}, "Under which names the files have what is called so here, as {text: content}; a row without that name keeps its own."
+    )
+    clean: Clean = key(Clean(), "What is done to pretraining texts; nothing by default.")
     cache_dir: str = key("~/.cache/roundhouse", "Where fetched corpora and rank files are kept.", unit="path")
     validation_fraction: float = key(0.03, "Share of documents held out, chosen by the hash of their text.", unit="fraction", gt=0, lt=0.5)
     max_broken_fraction: float = key(
         0.01, "Unreadable files and lines are skipped, counted and listed; above this share the run stops.", unit="fraction", ge=0, le=1
     )
+    exclude: str | None = key(
+        None, "A text file of document ids, one a line, that are left out: what was taken out with `roundhouse data drop`.", unit="path"
+    )
+    part_bytes: int = key(8 << 20, "Of the pretraining files, as stored, what one task works on.", unit="bytes", ge=1 << 16)
     shard_tokens: int = key(10_000_000, "Tokens in one shard file.", unit="tokens", ge=1024)
 
 

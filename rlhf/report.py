@@ -55,6 +55,7 @@ class Stage:
     took: str
     share: float  # of the time of all stages, 0..1
     hash: str
+    page: str  # a page of its own, beside the run's; "" for none
     charts: list[tuple[str, Markup]]  # title, svg
     wide: list[tuple[str, Markup]]  # the same, over the whole width
 
@@ -159,6 +160,11 @@ def headlines(summary: Summary) -> list[Headline]:
         "evaluate/reward_gain_sd", "Reward gained", "{:+.2f}", "SD",
         f"Mean reward of the aligned model's answers to held-out prompts over the SFT model's, in its standard deviations.{change}",
     )  # fmt: skip
+    before = beside("sft_success")
+    change = f" The SFT model: {100 * before[0]:.1f} %." if before else ""
+    if isinstance(right := summary.get("evaluate/aligned_success"), (int, float)):
+        meaning = f"Held-out prompts that the aligned model answers right, by the recipe's reward function.{change}"
+        found.append(Headline("Right answers", f"{100 * right:.1f}", "%", meaning))
     scorer = summary.get("evaluate/independent_scorer", "independent")
     means = beside("sft_independent", "aligned_independent")
     change = f" The mean went from {means[0]:.2f} to {means[1]:.2f}.".replace("-", "−") if means else ""
@@ -226,6 +232,7 @@ def stages(run_dir: Path, summary: Summary) -> list[Stage]:
                 duration(seconds) if manifest else "",
                 seconds / total,
                 ((manifest or started or {}).get("hash") or "")[:12],
+                f"{name}/report.html" if (out / "report.html").exists() else "",
                 [(title, Markup(svg)) for title, svg in drawn if svg],  # safe: drawn from constants and numbers
                 [(title, Markup(svg)) for title, svg in wide],
             )

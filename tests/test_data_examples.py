@@ -84,6 +84,22 @@ def test_preferences_and_prompts(tmp_path: Path) -> None:
     )
 
 
+def test_right_answers_stay_beside_their_prompts(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"{i} + 1?", "answer": i + 1} for i in range(20)]
+    rows += [{"messages": say(f"Say {i}")} for i in range(20)] + [{"prompt": "x", "answer": "\ud800"}, {"prompt": "x", "answer": []}]
+    manifest = prepare_prompts([jsonl(tmp_path / "sums.jsonl", rows)], TRAINED, tmp_path / "out", **OPTIONS)
+    assert manifest["broken"] == 2
+    found = {}
+    for split in ("train", "validation"):
+        examples = Examples(tmp_path / "out", split)
+        found |= {TRAINED.decode(row["prompt"].tolist()): row["answer"] for row in (examples[i] for i in range(len(examples)))}
+    assert found == {f"<|user|>{i} + 1?<|end|><|assistant|>": str(i + 1) for i in range(20)} | {
+        f"<|user|>Say {i}<|end|><|assistant|>": None for i in range(20)
+    }
+    prepare_prompts([jsonl(tmp_path / "plain.jsonl", rows[20:40])], TRAINED, tmp_path / "plain", **OPTIONS)
+    assert Examples(tmp_path / "plain", "train").table.column_names == ["prompt"]  # as before there were answers
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
