@@ -68,6 +68,10 @@ class Data(Section):
     max_broken_fraction: float = key(
         0.01, "Unreadable files and lines are skipped, counted and listed; above this share the run stops.", unit="fraction", ge=0, le=1
     )
+    exclude: str | None = key(
+        None, "A text file of document ids, one a line, that are left out: what was taken out with `roundhouse data drop`.", unit="path"
+    )
+    part_bytes: int = key(8 << 20, "Of the pretraining files, as stored, what one task works on.", unit="bytes", ge=1 << 16)
     shard_tokens: int = key(10_000_000, "Tokens in one shard file.", unit="tokens", ge=1024)
 
 
@@ -79,7 +83,13 @@ class Tokenizer(Section):
     )
     extend: str | None = key(
         None,
-        'With `model`: a .jsonl file of {"piece": "..."}, words to become tokens of their own. Their rows start as means of the old ones.',
+        'A .jsonl file of {"piece": "..."}, words to become tokens of a ready vocabulary. Their rows start as means of the old ones.',
         unit="path",
+    )
+    extend_from_corpus: int = key(
+        0,
+        "So many tokens are added to a ready vocabulary: those that save most tokens in the pretraining and sft texts.",
+        unit="tokens",
+        ge=0,
     )
     vocab_size: int = key(4096, "Size of a trained vocabulary, special tokens included.", unit="tokens", ge=300)

@@ -221,6 +221,9 @@ def _missing_files(values: dict[str, Any]) -> list[Problem]:
         directory = _section(values, *section).get(name)
         if isinstance(directory, str) and not Path(directory).expanduser().is_dir():
             problems.append(Problem((*section, name), f"is no directory: {directory}"))
+    exclude = _section(values, "data").get("exclude")
+    if isinstance(exclude, str) and not Path(exclude).expanduser().is_file():
+        problems.append(Problem(("data", "exclude"), f"is no file: {exclude}"))
     function = _section(values, "ppo").get("reward_function")
     if isinstance(function, str) and (what := reward_problem(function)):
         problems.append(Problem(("ppo", "reward_function"), f": {what}"))
