@@ -13,13 +13,17 @@ as Megatron's own preprocess_data.py --append-eod makes it. Its files know no re
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data.files import write_bytes
 from data.shards import TokenShards
 
-TYPES = {2: (8, np.dtype("<u2")), 4: (4, np.dtype("<i4"))}  # by bytes of our tokens; Megatron has no uint32, and no id needs it
+TYPES: dict[int, tuple[int, np.dtype[Any]]] = {
+    2: (8, np.dtype("<u2")),
+    4: (4, np.dtype("<i4")),
+}  # by bytes of our tokens; Megatron has no uint32, and no id needs it
 PIECE = 8 << 20  # tokens in memory
 
 
