@@ -186,7 +186,7 @@ def _training_texts(work: Path, parts: int, limit: int) -> Iterator[str]:
         table = compared_rows(work, number, ["id", "fate", "of"])
         chosen = pc.is_null(table["fate"]).to_numpy()
         chosen[chosen] = shares(id_array(table["id"].filter(pc.is_null(table["fate"])))) >= limit
-        for _, texts in kept_texts(work, number, chosen):
+        for _, texts, _ in kept_texts(work, number, chosen):
             yield from texts
             size += sum(map(len, texts))
             if size > VOCABULARY_BYTES:

@@ -56,15 +56,16 @@ def with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
     return table.set_column(table.schema.get_field_index(name), name, values)
 
 
-def kept_texts(work: Path, number: int, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Batches of (row numbers int64 `[n]`, texts) of those of a part's rows that are `chosen` (bool `[rows]`)."""
+def kept_texts(work: Path, number: int, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, list[str], np.ndarray]]:
+    """Batches of (row numbers int64 `[n]`, texts, how many of their first characters are read only int32 `[n]`) of those of a part's
+    rows that are `chosen` (bool `[rows]`)."""
     with pq.ParquetFile(path_of(work, number, TEXTS)) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
             row = table["row"].to_numpy()
             here = chosen[row]
             if here.any():
-                yield row[here], table["text"].filter(pa.array(here)).to_pylist()
+                yield row[here], table["text"].filter(pa.array(here)).to_pylist(), table["source"].to_numpy()[here]
 
 
 @contextmanager

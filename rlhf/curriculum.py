@@ -177,7 +177,7 @@ def windows(shards: TokenShards, length: int, start: int = 0, stop: int | None =
 
     def window(i: int) -> Unit:
         tokens, lengths = shards.span(*span(i))
-        return [Sample(tokens, np.ones(length, np.float32), lengths=lengths)]
+        return [Sample(tokens, shards.learned(*span(i)).astype(np.float32), lengths=lengths)]
 
     def documents(i: int) -> list[str]:
         return [f"document {name[:12]} of {shards.folder}" for name in shards.document_ids(*span(i))]
