@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from rlhf.recipe_base import Section, Source, key
+from rlhf.recipe_quality import Quality
 
 FIELDS = (
     *("text", "source", "target", "category", "messages", "conversations", "system", "instruction", "input", "output"),
@@ -63,6 +64,7 @@ class Data(Section):
         {}, "Under which names the files have what is called so here, as {text: content}; a row without that name keeps its own."
     )
     clean: Clean = key(Clean(), "What is done to pretraining texts; nothing by default.")
+    quality: Quality | None = key(None, "Rules that a pretraining text must keep; none by default, `{}` takes the published ones.")
     cache_dir: str = key("~/.cache/roundhouse", "Where fetched corpora and rank files are kept.", unit="path")
     validation_fraction: float = key(0.03, "Share of documents held out, chosen by the hash of their text.", unit="fraction", gt=0, lt=0.5)
     max_broken_fraction: float = key(

@@ -142,6 +142,7 @@ def _steps(recipe: Recipe) -> Any:
         exclude=frozenset(_ids(Path(recipe.data.exclude).expanduser())) if recipe.data.exclude else frozenset(),
         fields=tuple(recipe.data.fields.items()),
         cleaning=Cleaning(**recipe.data.clean.model_dump() | {"pii": tuple(recipe.data.clean.pii)}),
+        quality=recipe.data.quality.rules() if recipe.data.quality else None,
     )
 
 
