@@ -194,6 +194,11 @@ class TokenShards:
             raise DataError(f"{path}: {size} bytes where the manifest says {expected}: the shard is damaged, prepare the data again")
         return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
 
+    @property
+    def ends(self) -> np.ndarray:
+        """Where in the stream each document ends, int64 `[documents]`."""
+        return self._ends
+
     def windows(self, length: int) -> int:
         """How many windows of `length` tokens the stream holds; fewer than `length` tokens at the very end belong to none."""
         return self.tokens // length
