@@ -16,6 +16,7 @@ that was killed goes on with the parts that were not done (engine.py). What beca
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -155,8 +156,10 @@ def _validation_limit(files: Sequence[File], rows: int, work: Path, read: Sequen
             low, high = (int(left.min()), int(left.max())) if len(left) else NOBODY
         lowest, highest = min(lowest, low), max(highest, high)
     if lowest >= highest:
+        reasons = sum((Counter(result["dropped"]) for result in read), Counter[str]()).most_common(3)
+        why = "; dropped were " + ", ".join(f"{count} ({reason})" for reason, count in reasons) if reasons else ""
         raise DataError(
-            f"{', '.join(map(str, files))}: {rows} rows hold {int(highest >= 0)} different documents; one to train on and "
+            f"{', '.join(map(str, files))}: {rows} rows hold {int(highest >= 0)} different documents{why}; one to train on and "
             "one to validate on are needed at least. A .txt file is one document, each line of a .jsonl file is one"
         )
     return min(max(int(fraction * 2**64), lowest + 1), highest)
