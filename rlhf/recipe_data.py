@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from rlhf.recipe_base import Section, Source, key
+from rlhf.recipe_quality import Quality
 
 FIELDS = (
     *("text", "source", "target", "category", "messages", "conversations", "system", "instruction", "input", "output"),
@@ -80,6 +81,7 @@ class Data(Section):
         {}, "Under which names the files have what is called so here, as {text: content}; a row without that name keeps its own."
     )
     clean: Clean = key(Clean(), "What is done to pretraining texts; nothing by default.")
+    quality: Quality | None = key(None, "Rules that a pretraining text must keep; none by default, `{}` takes the published ones.")
     near_duplicates: bool = key(
         False,
         "Drop documents that repeat most of an earlier one: linked by pairs that share .8 of their 5-grams of words, or of characters.",

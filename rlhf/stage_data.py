@@ -145,6 +145,7 @@ def _steps(recipe: Recipe) -> Any:
         fields=tuple(recipe.data.fields.items()),
         near_duplicates=recipe.data.near_duplicates,
         cleaning=Cleaning(**recipe.data.clean.model_dump() | {"pii": tuple(recipe.data.clean.pii)}),
+        quality=recipe.data.quality.rules() if recipe.data.quality else None,
     )
 
 
