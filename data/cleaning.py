@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import ftfy
 import ftfy.badness
 import numpy as np
+import pyarrow as pa
 import re2
 
 from data.html import main_text
@@ -123,6 +124,13 @@ def _without_boilerplate(text: bytes) -> bytes:
 def text_id(text: str) -> bytes:
     """16 bytes that stand for a text (BLAKE2b): equal texts have equal ids; in 10^12 different ones a clash has odds of 10^-15."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def id_array(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A column of 16-byte ids, none of them null, as `V16` `[n]`."""
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    arrays = [np.frombuffer(chunk.buffers()[1], "V16")[chunk.offset : chunk.offset + len(chunk)] for chunk in chunks if len(chunk)]
+    return np.concatenate(arrays) if arrays else np.zeros(0, "V16")
 
 
 def shares(ids: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@
     write_report(out / "contaminated.jsonl", files, rows, index)       # rows: found, with the file and place of the training text
 
 A text is contaminated when it shares 13 words in a row with one of an evaluation (Brown et al. 2020, appendix C), words as in
-data/words.py but with their numbers: neither case, accents nor punctuation tells texts apart. Chinese and Japanese have twice as many
+data/shingles.py but with their numbers: neither case, accents nor punctuation tells texts apart. Chinese and Japanese have twice as many
 characters in their n-grams. Every string of an evaluation's record is a text of its own: questions, choices, answers. One that is shorter
 counts as a whole from 8 words on; below that it proves nothing and is left out. n-grams that more than 10 different evaluation texts hold
 are their template ("Answer the following question ..."), and left out.
@@ -29,8 +29,8 @@ from data.files import write_bytes
 from data.minhash import ngrams
 from data.parts import plan_parts, records
 from data.reading import line_numbers
+from data.shingles import in_characters, utf8, words
 from data.stores import File
-from data.words import in_characters, utf8, words
 
 NGRAM = 13
 SHORTEST = 8  # words of a text that counts as a whole; GPT-3's n-grams were of 8 to 13 words, by dataset

@@ -27,12 +27,12 @@ import pyarrow.parquet as pq
 import ray
 
 from data.chat import encode_answer, encode_chat, encode_prompt
-from data.cleaning import in_validation, shares, text_id, validation_limit
+from data.cleaning import id_array, in_validation, shares, text_id, validation_limit
 from data.decontamination import Index, spans, strings_of, write_report
+from data.engine import fetched
 from data.errors import DataError
 from data.files import sha256_of, write_json
 from data.formats import conversation, question, ranking
-from data.pipeline import fetched, id_array
 from data.reading import Broken, Dropped, check_broken, ordered, read
 from data.stores import File
 from data.templates import Message

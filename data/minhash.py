@@ -20,7 +20,7 @@ import numba
 import numpy as np
 import pyarrow as pa
 
-from data.words import Words, mix, utf8, words
+from data.shingles import Words, mix, utf8, words
 
 FORMAT = "roundhouse minhash 1"
 """Changes whenever the same text would get other keys: indices of different formats cannot be held against each other."""

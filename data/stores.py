@@ -74,7 +74,10 @@ def size_of(file: File) -> int:
 
 
 def stamp(file: File) -> str:
-    """What tells a remote file from an earlier one of that name without reading it: its size and time of change."""
+    """What tells a file from an earlier one of that name without reading it: its size and time of change."""
+    if not is_uri(file):
+        about = local(file).stat()
+        return f"{file} {about.st_size} {about.st_mtime_ns}"
     with _told(file):
         system, path = _system(str(file))
         info = system.get_file_info(path)

@@ -1,169 +1,393 @@
-"""Texts as rows of hashed words: what near-duplicates and contamination are looked for in.
+"""Texts become words as spaCy's blank English pipeline splits them: what the published rules count with.
 
-    data, ends = utf8(["Don't panic: 42!", "你好"])
-    of = words(data, ends, characters=np.array([False, False]))
-    of.hashes, of.ends       # uint64 of dont, panic, 0 and of 你, 好; [3, 5]
-    data[of.start[1] : of.stop[1]].tobytes()                               # b"panic": where word 1 stands
+    texts = Texts.of(["Dr. Smith didn't go.", "10km (or so)"])
+    words = split(texts)
+    words.offsets            # [0, 6, 11]: Dr. Smith did n't go . | 10 km ( or so )   (never across two texts)
+    words.hashes[0]          # a 64-bit hash of the word's characters
 
-Words are those of FineWeb's normalisation (arXiv:2406.17557): lower case, without accents, punctuation left out, every run of digits one 0,
-cut at white space. Chinese characters and kana are a word each, since nothing stands between the words they make; with `characters` every
-letter is. The tables are those of Unicode 3.2, which every Python carries beside its own, so that hashes do not depend on a version; later
-letters stand for themselves.
+datatrove counts the words of its Gopher and FineWeb rules with `spacy.blank("en")`, hence a fast equivalent: what stands between whitespace
+loses marks and units at its ends, is cut at hyphens, slashes and the like inside, and left whole if it is an abbreviation or an address;
+short forms become `did n't`. Left out are emoticons of more than brackets, and three
+rare currency signs (`US$`). Characters are code points throughout:
+one array of uint32 for all texts, one table of what each character is, and no Python per word.
 """
 
-import unicodedata
-from collections.abc import Sequence
-from functools import cache
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
 
-import numba
 import numpy as np
-import pyarrow as pa
 
-ALONE = np.uint32(1 << 31)
-"""Flag in `folding`: this character is a word by itself."""
-SPACE, NOTHING, DIGIT = (np.uint32(code) for code in (ord(" "), 0, ord("0")))
-FNV = np.uint64(0x100000001B3)
-FNV_START = np.uint64(0xCBF29CE484222325)
-WHITE = [*range(9, 14), *range(28, 33), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]
+from data.characters import (
+    ALPHABETIC,
+    BEFORE_DOT,
+    CURRENCY,
+    DIGIT,
+    FACE,
+    ICON,
+    LETTER,
+    LIMIT,
+    LINE,
+    LOWER,
+    MARK,
+    PREFIX,
+    PUNCTUATION,
+    QUOTE,
+    SPACE,
+    STOP,
+    SUFFIX,
+    UPPER,
+    Texts,
+    classes,
+)
+from data.kernels import kernel
+from data.special_words import ABBREVIATIONS, MOST_SPECIAL, UNITS, emoticons, short_forms
 
 
-class Words(NamedTuple):
-    """Words of n texts one after another: `hashes` uint64 `[words]`, the bytes `[start, stop)` of each (int64), `ends` int64 `[n]` in
-    words."""
+@dataclass(frozen=True)
+class Words:
+    """The words of texts, one after another."""
 
     hashes: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    ends: np.ndarray
+    """uint64 `[words]`"""
+    lengths: np.ndarray
+    """int32 `[words]`, in characters"""
+    kinds: np.ndarray
+    """uint32 `[words]`: what its characters are, or-ed; MARK only if all of them are, PUNCTUATION likewise"""
+    offsets: np.ndarray
+    """int64 `[texts + 1]`"""
+    sentences: np.ndarray
+    """int32 `[texts]`: sentences, counted line by line as spaCy's sentencizer does"""
 
 
-def utf8(texts: Sequence[str] | pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The texts' bytes in one row, uint8 `[bytes]`, and where each ends, int64 `[n]`."""
-    array = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
-    array = array.cast(pa.large_string())
-    offsets = (
-        np.frombuffer(array.buffers()[1], np.int64)[array.offset : array.offset + len(array) + 1] if len(array) else np.zeros(1, np.int64)
-    )
-    held = array.buffers()[2] if len(array) else None
-    data = np.frombuffer(held, np.uint8)[: offsets[-1]] if held is not None else np.zeros(0, np.uint8)
-    return data[offsets[0] :], offsets[1:] - offsets[0]
+def split(texts: Texts) -> Words:
+    """The words of all texts."""
+    keys, pieces = _specials()
+    return Words(*_split(texts.points, texts.offsets, classes(), keys, pieces))
 
 
-def words(data: np.ndarray, ends: np.ndarray, characters: np.ndarray, numbers: bool = False) -> Words:
-    """The words of all texts; of those with `characters` (bool `[n]`) every letter is one. With `numbers` digits count as letters."""
-    room = len(data)
-    hashes, start, stop = np.empty(room, np.uint64), np.empty(room, np.int64), np.empty(room, np.int64)
-    of_text = np.empty(len(ends), np.int64)
-    count = _split_all(data, ends, characters, numbers, folding(), hashes, start, stop, of_text)
-    return Words(hashes[:count], start[:count], stop[:count], of_text)
+def word_hash(word: str) -> int:
+    """The hash that `split` gives to this word."""
+    points = np.frombuffer(bytearray(word.encode("utf-32-le")), dtype=np.uint32)
+    return int(_hash(points, 0, len(points)))
 
 
-def in_characters(texts: Sequence[str] | pa.Array) -> np.ndarray:
-    """bool `[n]`: texts more than half of whose letters are Chinese, kana or Hangul: for them n-grams are of characters."""
-    return _mostly_cjk(*utf8(texts), folding())
+@lru_cache(maxsize=1)
+def _specials() -> tuple[np.ndarray, np.ndarray]:
+    """An open-addressing table of words that are split as a whole: hashes uint64 `[4096]` (0: empty) and int8 `[4096, 4]`: the lengths of
+    up to three pieces, and 1 if it is a unit."""
+    whole = {word: [word] for word in ABBREVIATIONS.split()} | {f"{letter}.": [f"{letter}."] for letter in "abcdefghijklmnopqrstuvwxyzäöü"}
+    whole |= {face: [face] for face in emoticons()}
+    whole |= {word.replace("'", "’"): [word.replace("'", "’")] for word in whole}
+    whole |= short_forms()
+    keys, pieces = np.zeros(4096, np.uint64), np.zeros((4096, 4), np.int8)
+
+    def slot(word: str) -> int:
+        at = word_hash(word) & 4095
+        while keys[at] not in (0, word_hash(word)):
+            at = (at + 1) & 4095
+        keys[at] = word_hash(word)
+        return at
+
+    for word, parts in whole.items():
+        pieces[slot(word), : len(parts)] = [len(part) for part in parts]
+    for unit in UNITS.split():
+        pieces[slot(unit), 3] = 1
+    return keys, pieces
 
 
-@cache
-def folding() -> np.ndarray:
-    """uint32 `[65536]`: what a character of the basic plane counts as: NOTHING, SPACE, DIGIT or a letter, ALONE or not."""
-    old = unicodedata.ucd_3_2_0
-    table = np.zeros(1 << 16, np.uint32)
-    for code in range(1 << 16):
-        char, kind = chr(code), old.category(chr(code))
-        if code in _WHITE:
-            table[code] = SPACE
-        elif kind == "Nd":
-            table[code] = DIGIT
-        elif kind[0] in "LN" or kind in ("Mc", "Cn"):
-            if 0xAC00 <= code <= 0xD7A3:  # a syllable of Hangul stays whole
-                table[code] = code
-                continue
-            base = [c for c in old.normalize("NFD", char) if old.category(c) != "Mn"]
-            letter = ord(base[0].lower()[0]) if len(base) == 1 and kind != "Cn" else code
-            table[code] = letter | (ALONE if 0x3041 <= letter <= 0x30FF or 0x3400 <= letter <= 0x9FFF else 0)
-    return table
+# --------------------------------------------------------------------------------- kernels
+# All in one file: numba's cache of a kernel does not notice that a kernel of another file has changed.
 
 
-_WHITE = frozenset(WHITE)
+@kernel
+def _hash(points, a, b):  # type: ignore[no-untyped-def]
+    h = np.uint64(0)
+    for i in range(a, b):
+        h = (h ^ np.uint64(points[i])) * np.uint64(0x9E3779B97F4A7C15)
+        h ^= h >> np.uint64(29)
+    return h | np.uint64(1)
 
 
-@numba.njit(cache=True)
-def mix(x):  # type: ignore[no-untyped-def]
-    """SplitMix64's last step: every bit of a uint64 moves every other (Steele et al., OOPSLA 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+@kernel
+def _find(h, keys):  # type: ignore[no-untyped-def]
+    """The place of this hash in the table of special words, or -1."""
+    at = np.int64(h & np.uint64(4095))
+    while keys[at]:
+        if keys[at] == h:
+            return at
+        at = (at + 1) & 4095
+    return -1
 
 
-@numba.njit(cache=True)
-def character(data, at, table):  # type: ignore[no-untyped-def]
-    """(what the character at byte `at` of valid UTF-8 counts as, as in `folding`; its bytes)."""
-    first = np.uint32(data[at])
-    if first < 0x80:
-        return table[first], 1
-    if first < 0xE0:
-        return table[((first & np.uint32(0x1F)) << np.uint32(6)) | (np.uint32(data[at + 1]) & np.uint32(0x3F))], 2
-    low = ((np.uint32(data[at + 1]) & np.uint32(0x3F)) << np.uint32(6)) | (np.uint32(data[at + 2]) & np.uint32(0x3F))
-    if first < 0xF0:
-        return table[((first & np.uint32(0x0F)) << np.uint32(12)) | low], 3
-    code = ((first & np.uint32(0x07)) << np.uint32(18)) | (low << np.uint32(6)) | (np.uint32(data[at + 3]) & np.uint32(0x3F))
-    if np.uint32(0x1F000) <= code < np.uint32(0x20000):  # pictures
-        return NOTHING, 4
-    return (code | ALONE if np.uint32(0x20000) <= code < np.uint32(0x40000) else code), 4
+@kernel
+def _special(points, a, b, keys):  # type: ignore[no-untyped-def]
+    return _find(_hash(points, a, b), keys) if b - a <= MOST_SPECIAL else -1
 
 
-@numba.njit(cache=True)
-def _split_all(data, ends, characters, numbers, table, hashes, start, stop, of_text):  # type: ignore[no-untyped-def]
-    count, at = 0, 0
-    for text in range(len(ends)):
-        alone = characters[text]
-        inside, digits = False, False
-        value = FNV_START
-        while at < ends[text]:
-            what, size = character(data, at, table)
-            if what == NOTHING:
-                at += size
-                continue
-            if numbers and what == DIGIT:
-                what = np.uint32(0x110000) | np.uint32(data[at + size - 1])
-            single = (what & ALONE) != 0 or (alone and what != SPACE)
-            if inside and (what == SPACE or (single and not (digits and what == DIGIT))):
-                hashes[count] = mix(value)
-                count += 1
-                inside = False
-            if what != SPACE and not (inside and digits and what == DIGIT):
-                if not inside:
-                    inside = True
-                    value = FNV_START
-                    start[count] = at
-                value = (value ^ np.uint64(what)) * FNV
-            if inside:
-                stop[count] = at + size
-                digits = what == DIGIT
-                if (what & ALONE) != 0:
-                    hashes[count] = mix(value)
-                    count += 1
-                    inside = False
-            at += size
-        if inside:
-            hashes[count] = mix(value)
-            count += 1
-        of_text[text] = count
-    return count
+@kernel
+def _is(points, i, table):  # type: ignore[no-untyped-def]
+    return table[points[i]] if points[i] < LIMIT else np.uint32(0)
 
 
-@numba.njit(cache=True)
-def _mostly_cjk(data, ends, table):  # type: ignore[no-untyped-def]
-    found = np.zeros(len(ends), np.bool_)
-    at = 0
-    for text in range(len(ends)):
-        cjk, letters = 0, 0
-        while at < ends[text]:
-            what, size = character(data, at, table)
-            at += size
-            if what != NOTHING and what != SPACE and what != DIGIT:
-                letters += 1
-                cjk += (what & ALONE) != 0 or 0xAC00 <= what <= 0xD7A3
-        found[text] = 2 * cjk > letters
-    return found
+@kernel
+def _prefix(points, a, b, table):  # type: ignore[no-untyped-def]
+    """How many characters to take off the front."""
+    if _is(points, a, table) & PREFIX:
+        return 1
+    if points[a] == 46:
+        n = 1
+        while a + n < b and points[a + n] == 46:
+            n += 1
+        return n if n > 1 else 0
+    if points[a] == 43:
+        return 0 if a + 1 < b and _is(points, a + 1, table) & DIGIT else 1
+    return 0
+
+
+@kernel
+def _suffix(points, a, b, table, keys, pieces):  # type: ignore[no-untyped-def]
+    """How many characters to take off the end."""
+    if b <= a:
+        return 0
+    last = points[b - 1]
+    kind = _is(points, b - 1, table)
+    before = _is(points, b - 2, table) if b - 2 >= a else np.uint32(0)
+    if last == 46:
+        n = 1
+        while b - n - 1 >= a and points[b - n - 1] == 46:
+            n += 1
+        if n > 1:
+            return n
+        if before & BEFORE_DOT:
+            return 1
+        return 1 if before & UPPER and b - 3 >= a and _is(points, b - 3, table) & UPPER else 0
+    if last == 0x2026:
+        return 2 if b - 2 >= a and points[b - 2] == 0x2026 else 1
+    if kind & SUFFIX:
+        return 1
+    if (last == 115 or last == 83) and b - 2 >= a and (points[b - 2] == 39 or points[b - 2] == 0x2019):
+        return 2
+    if (last == 43 or kind & CURRENCY) and before & DIGIT:
+        return 1
+    n = 0
+    while n < 4 and b - n - 1 >= a and not _is(points, b - n - 1, table) & DIGIT:
+        n += 1
+    if n and b - n - 1 >= a and _is(points, b - n - 1, table) & DIGIT:
+        at = _special(points, b - n, b, keys)
+        if at >= 0 and pieces[at, 3]:
+            return n
+    return 0
+
+
+@kernel
+def _infix(points, i, a, b, table):  # type: ignore[no-untyped-def]
+    """How many characters from i on separate two words; 0 if none."""
+    c, kind = points[i], _is(points, i, table)
+    if c == 46 and i + 1 < b and points[i + 1] == 46:
+        n = 2
+        while i + n < b and points[i + n] == 46:
+            n += 1
+        return n
+    if c == 0x2026 or kind & ICON:
+        return 1
+    if i == a or i + 1 >= b:
+        return 0
+    before, after = _is(points, i - 1, table), _is(points, i + 1, table)
+    if (c == 43 or c == 45 or c == 42 or c == 94) and before & DIGIT and (after & DIGIT or points[i + 1] == 45):
+        return 1
+    if c == 46:
+        return 1 if before & (LOWER | QUOTE) and after & (UPPER | QUOTE) else 0
+    if c == 44:
+        return 1 if before & LETTER and after & LETTER else 0
+    if not before & (LETTER | DIGIT):
+        return 0
+    if c == 45 or c == 0x2013 or c == 0x2014 or c == 126 or c == 58 or c == 60 or c == 62 or c == 61 or c == 47:
+        if after & LETTER:
+            return 1
+        if c == 45 or c == 0x2014:
+            n = 1
+            while i + n < b and points[i + n] == c:
+                n += 1
+            longest = 3 if c == 45 else 2
+            if 1 < n <= longest and i + n < b and _is(points, i + n, table) & LETTER:
+                return n
+    return 0
+
+
+@kernel
+def _host(c):  # type: ignore[no-untyped-def]
+    return 97 <= c <= 122 or 65 <= c <= 90 or 48 <= c <= 57 or 0xA1 <= c <= 0xFFFF
+
+
+@kernel
+def _address(points, a, b, table):  # type: ignore[no-untyped-def]
+    """Whether [a, b) is an address: [scheme://][user@]host.tld[:port][/path]."""
+    start = a
+    for i in range(a, b - 2):
+        c = points[i]
+        if i >= a + 2 and c == 58 and points[i + 1] == 47 and points[i + 2] == 47:
+            start = i + 3
+            break
+        if not (_is(points, i, table) & (ALPHABETIC | DIGIT) or c == 43 or c == 45 or c == 46 or c == 95):
+            break
+    end = b
+    for i in range(start, b):
+        if points[i] == 64:
+            start = i + 1
+        elif points[i] == 47 or points[i] == 63 or points[i] == 35:
+            end = i
+            break
+    colon = end
+    while colon > start and _is(points, colon - 1, table) & DIGIT:
+        colon -= 1
+    if 2 <= end - colon <= 5 and colon > start and points[colon - 1] == 58:
+        end = colon - 1
+    label, dots, digits = start, 0, True
+    for i in range(start, end):
+        c = points[i]
+        if c == 46:
+            if i == label or not _host(points[i - 1]) or not _host(points[label]):
+                return False
+            dots += 1
+            label = i + 1
+        elif not (_host(c) or c == 95 or c == 45):
+            return False
+        elif not 48 <= c <= 57:
+            digits = False
+    if digits:
+        return dots == 3
+    if not dots or end - label < 2:
+        return False
+    while label < end and _is(points, label, table) & LOWER:
+        label += 1
+    return label == end
+
+
+@kernel
+def _cut(points, a, b, table, keys, pieces, cuts):  # type: ignore[no-untyped-def]
+    """Write where the words of [a, b), which holds no whitespace, end; returns how many there are. cuts: int64 `[>= 2 * (b - a)]`."""
+    n, back, size, special = 0, len(cuts), -1, -1  # what comes off the end is written from the back
+    while a < b and b - a != size:
+        size = b - a
+        special = _special(points, a, b, keys)
+        if special >= 0 and pieces[special, 0]:
+            break
+        special = -1
+        front = _prefix(points, a, b, table)
+        rear = _suffix(points, a + front, b, table, keys, pieces)
+        for only_rear in range(2):  # what is special without one of its ends keeps the other
+            from_, to = (a, b - rear) if only_rear else (a + front, b)
+            if from_ < to < from_ + size:
+                special = _special(points, from_, to, keys)
+                if special >= 0 and pieces[special, 0]:
+                    front, rear = (0, rear) if only_rear else (front, 0)
+                    break
+            special = -1
+        if front:
+            a += front
+            cuts[n] = a
+            n += 1
+        if rear:
+            back -= 1
+            cuts[back] = b
+            b -= rear
+        if special >= 0:
+            break
+    if special >= 0:
+        for k in range(3):
+            if pieces[special, k]:
+                a += pieces[special, k]
+                cuts[n] = a
+                n += 1
+    elif a < b:
+        start, i, asked = a, a, False
+        while i < b:
+            between = _infix(points, i, a, b, table)
+            if between and not asked:
+                asked = True
+                if _address(points, a, b, table):
+                    break
+            if between and i > a:
+                if i > start:
+                    cuts[n] = i
+                    n += 1
+                start = i + between
+                cuts[n] = start
+                n += 1
+            i += max(between, 1)
+        if start < b:
+            cuts[n] = b
+            n += 1
+    for k in range(back, len(cuts)):
+        cuts[n] = cuts[k]
+        n += 1
+    return n
+
+
+@kernel
+def _joined(points, begin, cuts, k, parts, table, keys, pieces):  # type: ignore[no-untyped-def]
+    """The last of the pieces from k on that are special together, as `:` and `)` or `Co` and a dot; k if none are."""
+    if k + 1 < parts and (_is(points, begin, table) & FACE or (points[cuts[k]] == 46 and cuts[k + 1] == cuts[k] + 1)):
+        for last in range(min(k + 3, parts - 1), k, -1):
+            at = _special(points, begin, cuts[last], keys)
+            if at >= 0 and pieces[at, 0] == cuts[last] - begin:
+                return last
+    return k
+
+
+@kernel
+def _split(points, offsets, table, keys, pieces):  # type: ignore[no-untyped-def]
+    texts, n = len(offsets) - 1, 0
+    hashes, lengths, kinds = np.empty(len(points), np.uint64), np.empty(len(points), np.int32), np.empty(len(points), np.uint32)
+    word_offsets, sentences = np.zeros(texts + 1, np.int64), np.zeros(texts, np.int32)
+    cuts = np.empty(1024, np.int64)
+    shared = np.uint32(MARK | PUNCTUATION)
+    for text in range(texts):
+        i, stop = offsets[text], offsets[text + 1]
+        fresh, ended = True, False  # no word in this line yet; its sentence has ended
+        while True:
+            begin, line = i, np.uint32(0)
+            while i < stop and _is(points, i, table) & SPACE:
+                line |= _is(points, i, table)
+                i += 1
+            if i == stop:
+                break
+            if line & LINE:
+                fresh, ended = True, False
+            elif ended and (i - begin > 1 or (i > begin and points[begin] != 32)):
+                sentences[text] += 1  # more than one space is a word to spaCy, which then begins the next sentence
+                ended = False
+            begin, plain = i, np.uint32(ALPHABETIC)
+            while i < stop:
+                kind = _is(points, i, table)
+                if kind & SPACE:
+                    break
+                plain &= kind
+                i += 1
+            cuts[0], parts = i, 1
+            if not plain or _special(points, begin, i, keys) >= 0:
+                if 2 * (i - begin) > len(cuts):
+                    cuts = np.empty(4 * (i - begin), np.int64)
+                parts = _cut(points, begin, i, table, keys, pieces, cuts)
+            k = 0
+            while k < parts:
+                k = _joined(points, begin, cuts, k, parts, table, keys, pieces)
+                end = cuts[k]
+                k += 1
+                either, both = np.uint32(0), np.uint32(0xFFFFFFFF)
+                for j in range(begin, end):
+                    kind = _is(points, j, table)
+                    either |= kind
+                    both &= kind
+                hashes[n] = _hash(points, begin, end)
+                lengths[n] = end - begin
+                kinds[n] = (either & ~shared) | (both & shared)
+                n += 1
+                stops = end - begin == 1 and either & STOP != 0
+                if fresh or (ended and not stops and not both & PUNCTUATION):
+                    sentences[text] += 1
+                    fresh, ended = False, False
+                ended |= stops
+                begin = end
+        word_offsets[text + 1] = n
+    return hashes[:n].copy(), lengths[:n].copy(), kinds[:n].copy(), word_offsets, sentences

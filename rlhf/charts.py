@@ -173,6 +173,30 @@ def timeline(trace: Mapping[str, Any]) -> str:
     return _inline(file.getvalue(), "Who worked when in one step")
 
 
+def bars(labels: Sequence[str], values: Mapping[str, Sequence[float]], unit: str) -> str:
+    """Bars as an `<svg>` element: one for each label, of the values of each name on top of each other, the first at the bottom."""
+    with _style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9.6, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        below = np.zeros(len(labels))
+        for (name, heights), colour in zip(values.items(), (_FIRST, _LEVEL), strict=False):
+            axes.bar(range(len(labels)), heights, bottom=below, width=0.8, color=colour, alpha=0.85, lw=0, label=name)
+            below = below + np.array(heights, np.float64)
+        axes.set_xticks(range(len(labels)), labels)
+        axes.grid(axis="y", color=_GRID, lw=0.8)
+        axes.set_axisbelow(True)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.tick_params(which="both", colors=_FAINT, length=0, labelsize=8)
+        axes.annotate(unit, (0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", color=_FAINT, fontsize=9)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=3, frameon=False, fontsize=9, labelcolor=_FAINT)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(file.getvalue(), unit)
+
+
 def picture(rows: Mapping[str, Rows], summary: Mapping[str, Any], path: Path) -> Path:
     """The four key curves as one PNG; a curve that the run does not have is left empty and says so."""
     with _style():

@@ -82,6 +82,7 @@ class Curriculum:
         self.units = joined(of_blocks)
         starts = np.cumsum([0, *(len(units.lengths) for units in of_blocks)])
         self._first_unit = {block: int(start) for block, start in zip(blocks, starts, strict=False)}
+        self._blocks, self._starts = blocks, starts
 
     def ids(self, step: int) -> list[int]:
         """The units of one optimizer step: a function of seed, step and data alone."""
@@ -95,6 +96,13 @@ class Curriculum:
             found = sample_index(self.seed, e, place[here], planned.windows[s], self.hashes[s])
             ids[here] = self._first_unit[planned.length, s] + found
         return ids.tolist()
+
+    def span(self, unit: int) -> tuple[int, int]:
+        """Where in the token stream a unit begins and ends."""
+        block = int(np.searchsorted(self._starts, unit, side="right")) - 1
+        length, source = self._blocks[block]
+        start = self.sources[source].start + (unit - int(self._starts[block])) * length
+        return start, start + length
 
     def metrics(self, done: int) -> dict[str, float]:
         """Which phase step `done` (from 1) was in, and each source's share of all tokens seen so far."""
@@ -169,7 +177,7 @@ def windows(shards: TokenShards, length: int, start: int = 0, stop: int | None =
 
     def window(i: int) -> Unit:
         tokens, lengths = shards.span(*span(i))
-        return [Sample(tokens, np.ones(length, np.float32), lengths=lengths)]
+        return [Sample(tokens, shards.learned(*span(i)).astype(np.float32), lengths=lengths)]
 
     def documents(i: int) -> list[str]:
         return [f"document {name[:12]} of {shards.folder}" for name in shards.document_ids(*span(i))]

@@ -351,8 +351,11 @@ class Recipe(Section):
                 wrong.append(f"ppo.groups.rollout.tensor_parallel = {parts} must divide model.heads = {self.model.heads}")
             if self.tokenizer.encoding == "model":
                 wrong.append("tokenizer.encoding = model needs model.init")
-        if self.tokenizer.extend is not None and self.tokenizer.encoding != "model":
-            wrong.append("tokenizer.extend needs tokenizer.encoding = model: a vocabulary of one's own learns its words from the texts")
+        for name in ("extend", "extend_from_corpus"):
+            if getattr(self.tokenizer, name) and self.tokenizer.encoding == "train":
+                wrong.append(
+                    f"tokenizer.{name} needs a ready tokenizer.encoding: a vocabulary of one's own learns its words from the texts"
+                )
         answer = ("ppo.max_prompt_tokens + ppo.max_response_tokens", self.ppo.max_prompt_tokens + self.ppo.max_response_tokens)
         fits = [
             (window, longest, "pretrain"),

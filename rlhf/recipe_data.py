@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator
 
 from rlhf.recipe_base import Section, Source, key
+from rlhf.recipe_quality import Quality
 
 FIELDS = (
     *("text", "source", "target", "category", "messages", "conversations", "system", "instruction", "input", "output"),
@@ -80,12 +81,22 @@ class Data(Section):
         {}, "Under which names the files have what is called so here, as {text: content}; a row without that name keeps its own."
     )
     clean: Clean = key(Clean(), "What is done to pretraining texts; nothing by default.")
+    quality: Quality | None = key(None, "Rules that a pretraining text must keep; none by default, `{}` takes the published ones.")
+    near_duplicates: bool = key(
+        False,
+        "Drop documents that repeat most of an earlier one: linked by pairs that share .8 of their 5-grams of words, or of characters.",
+        source="arXiv:2406.17557",
+    )
     decontaminate: Decontaminate = key(Decontaminate(), "What must not be trained on; nothing by default.")
     cache_dir: str = key("~/.cache/roundhouse", "Where fetched corpora and rank files are kept.", unit="path")
     validation_fraction: float = key(0.03, "Share of documents held out, chosen by the hash of their text.", unit="fraction", gt=0, lt=0.5)
     max_broken_fraction: float = key(
         0.01, "Unreadable files and lines are skipped, counted and listed; above this share the run stops.", unit="fraction", ge=0, le=1
     )
+    exclude: str | None = key(
+        None, "A text file of document ids, one a line, that are left out: what was taken out with `roundhouse data drop`.", unit="path"
+    )
+    part_bytes: int = key(8 << 20, "Of the pretraining files, as stored, what one task works on.", unit="bytes", ge=1 << 16)
     shard_tokens: int = key(10_000_000, "Tokens in one shard file.", unit="tokens", ge=1024)
 
 
@@ -97,7 +108,13 @@ class Tokenizer(Section):
     )
     extend: str | None = key(
         None,
-        'With `model`: a .jsonl file of {"piece": "..."}, words to become tokens of their own. Their rows start as means of the old ones.',
+        'A .jsonl file of {"piece": "..."}, words to become tokens of a ready vocabulary. Their rows start as means of the old ones.',
         unit="path",
+    )
+    extend_from_corpus: int = key(
+        0,
+        "So many tokens are added to a ready vocabulary: those that save most tokens in the pretraining and sft texts.",
+        unit="tokens",
+        ge=0,
     )
     vocab_size: int = key(4096, "Size of a trained vocabulary, special tokens included.", unit="tokens", ge=300)

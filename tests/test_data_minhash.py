@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import minhash
-from data.words import WHITE, in_characters, utf8, words
+from data.shingles import WHITE, in_characters, utf8, words
 
 OLD = unicodedata.ucd_3_2_0
 ALPHABET = st.sampled_from(

@@ -5,13 +5,14 @@ import json
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from test_data_tokenizers import SAMPLE, TRAINED
 
-from data import catalog, reading
+from data import catalog
 from data.cleaning import in_validation, repeated, text_id, validation_limit
 from data.errors import DataError
 from data.mixture import sources
@@ -29,8 +30,10 @@ def jsonl(path: Path, rows: list[object]) -> Path:
     return path
 
 
-def prepare(files: list[Path], out: Path, tokenizer: Tokenizer | int = TRAINED, fraction: float = 0.2, broken: float = 0.01) -> Tokenizer:
-    return prepare_text(files, tokenizer, out, validation_fraction=fraction, max_broken_fraction=broken, shard_tokens=2000)
+def prepare(
+    files: list[Path], out: Path, tokenizer: Tokenizer | int = TRAINED, fraction: float = 0.2, broken: float = 0.01, **more: Any
+) -> Tokenizer:
+    return prepare_text(files, tokenizer, out, validation_fraction=fraction, max_broken_fraction=broken, shard_tokens=2000, **more)
 
 
 def texts_of(folder: Path, tokenizer: Tokenizer = TRAINED) -> list[str]:
@@ -70,16 +73,22 @@ def test_every_document_arrives_once_on_its_side_in_file_order(tmp_path: Path) -
     assert (tmp_path / "out/broken.jsonl").read_text() == ""
 
 
-def test_workers_and_ranges_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_change_no_byte_and_parts_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [jsonl(tmp_path / f"{i}.jsonl", [{"text": t} for t in TEXTS[i::3] + TEXTS[:5]]) for i in range(3)]
-    one = prepare(files, tmp_path / "one", 500)
-    monkeypatch.setattr(reading, "RANGE", 2500)  # about 9 tasks instead of 1
+    whole = prepare(files, tmp_path / "whole", 500)
+    one = prepare(files, tmp_path / "one", 500, part_bytes=2500)  # about 9 parts instead of 1
+    for split in ("train", "validation"):
+        a, b = TokenShards(tmp_path / "whole" / split), TokenShards(tmp_path / "one" / split)
+        assert a.span(0, a.tokens)[0].tolist() == b.span(0, b.tokens)[0].tolist()
+        assert a.document_ids(0, a.tokens) == b.document_ids(0, b.tokens)
+        assert len(b.manifest["shards"]) > len(a.manifest["shards"])
+    assert whole.fingerprint == one.fingerprint
     limits = ray.data.DataContext.get_current().execution_options
     for cpus in (1, 2):
         monkeypatch.setattr(limits, "resource_limits", ray.data.ExecutionResources(cpu=cpus))
-        again = prepare(files, tmp_path / str(cpus), 500)
+        again = prepare(files, tmp_path / str(cpus), 500, part_bytes=2500)
         assert again.fingerprint == one.fingerprint
-        for path in (tmp_path / "one").rglob("*.*"):
+        for path in (path for path in (tmp_path / "one").rglob("*.*") if path.name != "costs.json"):
             assert path.read_bytes() == (tmp_path / str(cpus) / path.relative_to(tmp_path / "one")).read_bytes(), path
     assert len(list((tmp_path / "one/train").glob("*.bin"))) > 1
 
@@ -122,12 +131,11 @@ def broken_file(folder: Path) -> Path:
     return path
 
 
-def test_broken_rows_are_skipped_counted_and_listed_with_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "RANGE", 300)
+def test_broken_rows_are_skipped_counted_and_listed_with_their_line(tmp_path: Path) -> None:
     path = broken_file(tmp_path)
     text = tmp_path / "latin.txt"
     text.write_bytes("Voilà".encode("latin-1"))
-    prepare([path, text], tmp_path / "out", broken=0.5)
+    prepare([path, text], tmp_path / "out", broken=0.5, part_bytes=300)
     listed = [json.loads(line) for line in (tmp_path / "out/broken.jsonl").read_text().splitlines()]
     assert [(Path(row["file"]).name, row["line"]) for row in listed] == [*(("some.jsonl", n) for n in range(11, 17)), ("latin.txt", 1)]
     for row, words in zip(
@@ -161,7 +169,7 @@ def test_a_damaged_archive_is_reported(tmp_path: Path) -> None:
         ("a.jsonl", "", "hold no byte"),
         ("a.jsonl", "\n\n", "0 rows hold 0 different documents"),
         ("a.txt", "One speech.", "1 rows hold 1 different documents"),
-        ("a.csv", "text\n", r"give \.txt, \.jsonl"),
+        ("a.csv", "text\n", r"give \.jsonl, \.txt"),
         ("", "", "No such file"),
     ],
 )
