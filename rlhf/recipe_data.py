@@ -87,6 +87,10 @@ class Data(Section):
         "Drop documents that repeat most of an earlier one: linked by pairs that share .8 of their 5-grams of words, or of characters.",
         source="arXiv:2406.17557",
     )
+    earlier: list[Source] = key(
+        [],
+        "Directories of runs whose pretraining texts stood earlier: what repeats one of theirs, as far as this recipe looks, is dropped.",
+    )
     decontaminate: Decontaminate = key(Decontaminate(), "What must not be trained on; nothing by default.")
     cache_dir: str = key("~/.cache/roundhouse", "Where fetched corpora and rank files are kept.", unit="path")
     validation_fraction: float = key(0.03, "Share of documents held out, chosen by the hash of their text.", unit="fraction", gt=0, lt=0.5)

@@ -48,6 +48,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction, recipe.data.fields),
             source_of=list(source_of.values()),
             steps=_steps(recipe),
+            earlier=[Path(run).expanduser().absolute() / "data" / "pretrain" for run in recipe.data.earlier],
             part_bytes=recipe.data.part_bytes,
             tokenizer_dir=out / "tokenizer",
             watch=monitor.progress,
