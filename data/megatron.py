@@ -18,7 +18,10 @@ import numpy as np
 from data.files import write_bytes
 from data.shards import TokenShards
 
-TYPES = {2: (8, np.dtype("<u2")), 4: (4, np.dtype("<i4"))}  # by bytes of our tokens; Megatron has no uint32, and no id needs it
+TYPES: dict[int, tuple[int, np.dtype]] = {
+    2: (8, np.dtype("<u2")),
+    4: (4, np.dtype("<i4")),
+}  # by bytes of our tokens; Megatron has no uint32, and no id needs it
 PIECE = 8 << 20  # tokens in memory
 
 

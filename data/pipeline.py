@@ -73,7 +73,8 @@ def prepare_text(
     what the model will read and write later is not always in the words of what it is pretrained on. `source_of` names each file's source
     (default: its path); files of one source stand together, so its documents are one run of the stream, whose length the manifest tells.
     Of equal documents the first stays, so a later source may lose some to an earlier one. `steps`: what else is done to documents;
-    those that hold a passage of `evaluations` are dropped, and listed in contaminated.jsonl. `tokenizer_dir`: where the tokenizer is saved, before all is declared whole. Needs a connected Ray.
+    those that hold a passage of `evaluations` are dropped, and listed in contaminated.jsonl. `tokenizer_dir`: where the tokenizer is
+    saved, before all is declared whole. Needs a connected Ray.
     Raises DataError when too many rows are broken or fewer than two different documents remain.
     """
     (out_dir / "manifest.json").unlink(missing_ok=True)
