@@ -3,6 +3,7 @@
     index = index_of([Path("gsm8k-test.jsonl.gz")], ngram=13)
     found = spans(texts, index)        # a table, one row per passage: text, file, at, words, overlap, start, stop, passage
     found["text"]                      # numbers of the texts that are contaminated
+    write_report(out / "contaminated.jsonl", files, rows, index)       # rows: found, with the file and place of the training text
 
 A text is contaminated when it shares 13 words in a row with one of an evaluation (Brown et al. 2020, appendix C), words as in
 data/shingles.py but with their numbers: neither case, accents nor punctuation tells texts apart. Chinese and Japanese have twice as many
@@ -13,8 +14,10 @@ are their template ("Answer the following question ..."), and left out.
 The index is 14 bytes or less per n-gram and goes to every worker; the texts are read once, at the speed of hashing their words.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -22,8 +25,10 @@ import numpy as np
 import pyarrow as pa
 
 from data.errors import DataError
+from data.files import write_bytes
 from data.minhash import ngrams
 from data.parts import plan_parts, records
+from data.reading import line_numbers
 from data.shingles import in_characters, utf8, words
 from data.stores import File
 
@@ -119,6 +124,30 @@ def spans(texts: Sequence[str] | pa.Array, index: Index) -> pa.Table:
         [data[a:b].tobytes().decode()[:SHOWN] for a, b in zip(start, stop, strict=True)],
     ]
     return pa.table([pa.array(column).cast(field.type) for column, field in zip(columns, SPAN, strict=True)], schema=SPAN)
+
+
+def write_report(path: Path, files: Sequence[File], rows: Iterable[Mapping[str, Any]], index: Index) -> None:
+    """One line of JSON per passage: where it stands (file, line, and the document's id where there is one), in which line of which
+    evaluation, how many words are shared, which part of the evaluation's text they are, and how it begins.
+
+    `rows` are rows of SPAN that also hold `in_file` (number in `files`) and `in_at` of the training text, and may hold its `id` (hex).
+    """
+    rows = list(rows)
+    lines = line_numbers(files, [{"file": row["in_file"], "at": row["in_at"]} for row in rows])
+    numbers = {name: number for number, name in enumerate(index.files)}
+    evaluation_lines = line_numbers(index.files, [{"file": numbers[row["file"]], "at": row["at"]} for row in rows])
+    told = [
+        {
+            "file": str(files[row["in_file"]]),
+            "line": line,
+            **({"id": row["id"]} if "id" in row else {}),
+            "evaluation": row["file"],
+            "evaluation_line": evaluation_line,
+            **{name: row[name] for name in ("words", "overlap", "passage")},
+        }
+        for row, line, evaluation_line in zip(rows, lines, evaluation_lines, strict=True)
+    ]
+    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told).encode())
 
 
 def strings_of(value: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from data.decontamination import Index
 from data.errors import DataError
 from data.fates import BROKEN
 from data.parts import Part, plan_parts
@@ -29,7 +30,9 @@ LEAST = 64 << 10  # bytes of a piece: shorter ones begin and end in the middle o
 PIECES = 16  # at least, of divisible files: neighbours resemble each other
 
 
-def predict(files: Sequence[File], tokenizer: Tokenizer | Growth | int, steps: Steps, share: float = 0.01) -> dict[str, float]:
+def predict(
+    files: Sequence[File], tokenizer: Tokenizer | Growth | int, steps: Steps, share: float = 0.01, evaluations: Index | None = None
+) -> dict[str, float]:
     """Figures of the full run by name, predicted; the same names as `found` gives of a prepared corpus. No Ray.
 
     Raises DataError as reading does.
@@ -38,9 +41,9 @@ def predict(files: Sequence[File], tokenizer: Tokenizer | Growth | int, steps: S
     size = sum(part.size for part in sample)
     with tempfile.TemporaryDirectory(prefix="roundhouse-plan-") as folder:
         work = Path(folder)
-        refine(sample[0], steps, work)  # what is compiled and loaded once does not count
+        refine(sample[0], steps, work, evaluations)  # what is compiled and loaded once does not count
         since = time.process_time()
-        read = [refine(part, steps, work) for part in sample]
+        read = [refine(part, steps, work, evaluations) for part in sample]
         rows = [read_rows(work, part.number, ["id", "fate", "bytes"]) for part in sample]
         kept, seen = [], set[bytes]()
         for table in rows:

@@ -28,6 +28,7 @@ import ray
 
 from data.chat import encode_answer, encode_chat, encode_prompt
 from data.cleaning import id_array, in_validation, shares, text_id, validation_limit
+from data.decontamination import Index, spans, strings_of, write_report
 from data.engine import fetched
 from data.errors import DataError
 from data.files import sha256_of, write_json
@@ -41,6 +42,7 @@ IDS = pa.list_(pa.int32())
 CHAT = pa.schema([("tokens", IDS), ("mask", pa.list_(pa.bool_()))])
 PREFERENCES = pa.schema([("prompt", IDS), ("answers", pa.list_(IDS)), ("scores", pa.list_(pa.float32()))])
 PROMPTS = pa.schema([("prompt", IDS), ("answer", pa.string())])
+CONTAMINATED = pa.field("contaminated", pa.large_string())
 ROW_GROUP = 8192  # rows; fixed, so that a file's bytes do not depend on how Ray cut the blocks
 SPLITS = ("train", "validation")
 FORMAT = "roundhouse examples 2"
@@ -134,10 +136,15 @@ def _prepare(
     validation_fraction: float,
     max_broken_fraction: float,
     fields: Mapping[str, str] | None = None,
+    evaluations: Index | None = None,
 ) -> dict[str, Any]:
-    """Write `out_dir`/{train,validation}.parquet, broken.jsonl and, last, manifest.json. Needs a connected Ray."""
+    """Write `out_dir`/{train,validation}.parquet, broken.jsonl and, last, manifest.json. Needs a connected Ray.
+
+    Rows that hold a passage of `evaluations` are dropped, counted, and listed in `out_dir`/contaminated.jsonl.
+    """
     (out_dir / "manifest.json").unlink(missing_ok=True)
-    reference = ray.put(tokenizer)
+    reference, index = ray.put(tokenizer), ray.put(evaluations)
+    found = [] if evaluations is None else [CONTAMINATED]
 
     def convert(record: dict[str, Any]) -> dict[str, Any]:
         split = record.get("split")
@@ -145,6 +152,9 @@ def _prepare(
             raise Broken(f'"split" is {split!r}; it can be "train" or "validation"')
         try:
             messages, made = encode(fetched(reference), record)
+            passages = spans(["\n".join(strings_of(record))], fetched(index)).to_pylist() if found else []
+            if passages:
+                return {"contaminated": json.dumps(passages)}
             return {"id": text_id(_question(messages)), "split": split, **made}
         except UnicodeEncodeError:
             raise Broken("half a surrogate pair in the text") from None
@@ -152,8 +162,11 @@ def _prepare(
             raise Broken(str(error)) from None
 
     with ordered():
-        rows = read(files, convert, pa.schema([("id", pa.binary(16)), ("split", pa.string()), *columns]), fields).materialize()
+        schema = pa.schema([("id", pa.binary(16)), ("split", pa.string()), *columns, *found])
+        rows = read(files, convert, schema, fields).materialize()
         counts = check_broken(rows, files, out_dir, max_broken_fraction)
+        if evaluations is not None:
+            counts["dropped: contaminated"] = _report(rows, files, evaluations, out_dir)
         limit = _limit(rows.select_columns(["id", "split"]), validation_fraction)
         if limit is None:
             raise DataError(f"{', '.join(map(str, files))}: nothing to learn from is left, {json.dumps(counts)}")
@@ -174,6 +187,17 @@ def _prepare(
     manifest = {"format": FORMAT, "tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, **counts, **written}
     write_json(out_dir / "manifest.json", manifest)
     return manifest
+
+
+def _report(rows: ray.data.Dataset, files: Sequence[File], evaluations: Index, out_dir: Path) -> int:
+    """Write contaminated.jsonl; returns how many rows hold a passage of an evaluation."""
+    count, listed = 0, []
+    for batch in rows.select_columns(["file", "at", CONTAMINATED.name]).iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in batch.filter(pa.compute.is_valid(batch[CONTAMINATED.name])).to_pylist():
+            count += 1
+            listed += [{**passage, "in_file": row["file"], "in_at": row["at"]} for passage in json.loads(row[CONTAMINATED.name])]
+    write_report(out_dir / "contaminated.jsonl", files, listed, evaluations)
+    return count
 
 
 def _limit(rows: ray.data.Dataset, fraction: float) -> int | None:

@@ -3,6 +3,7 @@
     messages = conversation(record)        # [{"role": "user", "content": "..."}, ...]
     prompt, answers, scores = ranking(record)
     prompt, answer = question(record)      # the answer is None where the record has none
+    text = document(record)                # {"text"}, or {"source", "target"} one after the other
 
 A conversation is one of:
 
@@ -29,6 +30,14 @@ MOST = 3e38  # scores are kept as float32
 ROLES = {"human": "user", "gpt": "assistant"}
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def document(record: Mapping[str, Any]) -> Any:
+    """What a row has to pretrain on, as it stands there: its "text", or its "source" (if it has one) and its "target"."""
+    if _has(record, "target") and not _has(record, "text"):
+        source, target = record.get("source") or "", record["target"]
+        return source + target if isinstance(source, str) and isinstance(target, str) else None
+    return record.get("text")
 
 
 def conversation(record: Mapping[str, Any]) -> list[Message]:

@@ -135,7 +135,7 @@ def quarantine(files: Sequence[File], rows: Iterable[Mapping[str, Any]], total: 
     broken = list(rows)
     listed = [
         {"file": str(files[row["file"]]), "line": line, "reason": row["reason"], "begins": row.get("head", "")}
-        for row, line in zip(broken, _line_numbers(files, broken), strict=True)
+        for row, line in zip(broken, line_numbers(files, broken), strict=True)
     ]
     out_dir.mkdir(parents=True, exist_ok=True)
     write_bytes(out_dir / "broken.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in listed).encode())
@@ -147,7 +147,7 @@ def quarantine(files: Sequence[File], rows: Iterable[Mapping[str, Any]], total: 
         )
 
 
-def _line_numbers(files: Sequence[File], rows: Sequence[Mapping[str, Any]]) -> list[int]:
+def line_numbers(files: Sequence[File], rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Line or record numbers, from 1, of rows that are known by where they begin. Only .jsonl with broken rows are read again."""
     numbers: dict[tuple[int, int], int] = {}
     for file in sorted({row["file"] for row in rows}):

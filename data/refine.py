@@ -18,9 +18,10 @@ import ray
 
 from data import minhash
 from data.cleaning import OFF, Cleaning, cleaned, id_array, shares, text_id
-from data.decontamination import spans
+from data.decontamination import Index, spans
 from data.engine import Result, fetched
 from data.fates import BROKEN, CONTAMINATED, EXCLUDED, HEAD, QUALITY, ROW, UNUSABLE
+from data.formats import document
 from data.language import identify
 from data.parts import Part, records
 from data.quality import edited, reasons
@@ -49,7 +50,7 @@ class Steps:
     """Ids of documents that nobody wants."""
 
 
-def refine(part: Part, steps: Steps, work: Path, evaluations: ray.ObjectRef | None = None) -> Result:
+def refine(part: Part, steps: Steps, work: Path, evaluations: Index | ray.ObjectRef | None = None) -> Result:
     """Write a part's rows, texts and keys, and count. `evaluations`: a `decontamination.Index`; what holds a passage of it is dropped."""
     counts = {"rows": 0, "broken": 0}
     lowest, highest = NOBODY
@@ -112,7 +113,7 @@ def _batches(part: Part, steps: Steps) -> Iterator[list[_Row]]:
 
 def _clean(record: dict[str, Any], cleaning: Cleaning) -> tuple[str, bytes]:
     """A record's clean text, and its id; Broken when it has none, Dropped when there is nothing left of it."""
-    text = record.get("text")
+    text = document(record)
     if not isinstance(text, str) or not text.strip():
         if cleaning.drop_missing and (text is None or text == ""):
             raise Dropped("no text")
@@ -126,7 +127,7 @@ def _clean(record: dict[str, Any], cleaning: Cleaning) -> tuple[str, bytes]:
         raise Broken(f"no text: half a surrogate pair, \\u{ord(error.object[error.start]):04x}, at character {error.start}") from None
 
 
-def _refined(batch: list[_Row], first: int, steps: Steps, evaluations: ray.ObjectRef | None) -> dict[str, pa.Table]:
+def _refined(batch: list[_Row], first: int, steps: Steps, evaluations: Index | ray.ObjectRef | None) -> dict[str, pa.Table]:
     """The tables of a batch whose first row is number `first` of the part."""
     judged = _judged([row for row in batch if row.fate is None], steps.quality)
     for row in batch:
@@ -174,12 +175,13 @@ def _spread(table: pa.Table, here: pa.Array) -> pa.Table:
     return table.take(pa.compute.if_else(here, place, None))
 
 
-def _decontaminated(rows: list[_Row], evaluations: ray.ObjectRef | None) -> pa.Table | None:
+def _decontaminated(rows: list[_Row], evaluations: Index | ray.ObjectRef | None) -> pa.Table | None:
     """What these rows' texts share with evaluations: `decontamination.SPAN`, and where the text is (`in_file`, `in_at`, `id`); fates go
     into the rows."""
     if evaluations is None:
         return None
-    found = spans([row.text for row in rows], fetched(evaluations))
+    index = fetched(evaluations) if isinstance(evaluations, ray.ObjectRef) else evaluations
+    found = spans([row.text for row in rows], index)
     of = [rows[number] for number in found["text"].to_pylist()]
     for row, file in zip(of, found["file"].to_pylist(), strict=True):
         row.fate, row.reason = CONTAMINATED, file

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from rlhf.monitoring import console, say
 
 if TYPE_CHECKING:
+    from data.showing import Token
+    from data.tokenizers import Tokenizer
     from rlhf.provenance import Found
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, for example runs/quickstart.")]
@@ -123,3 +126,64 @@ def data_export(
         say(f"{out / split}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
     tokenizers.load(run_dir / "data" / "tokenizer").save(out / "tokenizer")
     say(f"{out / 'tokenizer'}: opens in transformers")
+
+
+_STYLES = {"": "dim", "system": "magenta", "user": "cyan", "assistant": "green", "text": "green"}
+
+
+@data_app.command("show")
+def data_show(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Rows that a recipe takes, or a parquet file of the data stage.")],
+    rows: Annotated[int, typer.Option("-n", help="How many rows.", min=1)] = 3,
+    tokenizer: Annotated[
+        str, typer.Option(help="A folder with a tokenizer, or the name of an encoding, as gpt2. Default: the one beside FILE, else gpt2.")
+    ] = "",
+    cache_dir: Annotated[Path, typer.Option(help="Where rank files are kept.")] = Path("~/.cache/roundhouse"),
+) -> None:
+    """Print rows token by token: colours say whose words they are, brackets and bold type what the model learns to write."""
+    from itertools import islice
+
+    from data.errors import DataError
+    from data.parts import plan_parts, records
+    from data.reading import Broken
+    from data.showing import shown
+    from data.stores import find
+
+    files = find(file)
+    if not files:
+        raise DataError(f"no such file: {file}")
+    words = _tokenizer(tokenizer, Path(file), cache_dir.expanduser())
+    console.print(Text.assemble("token by token: ", *((f" {role or 'template'} ", style) for role, style in _STYLES.items()), " [learned]"))
+    found = (record for part in plan_parts(files, 1 << 20) for record in records(part))
+    for number, record in enumerate(islice(found, rows), start=1):
+        try:
+            if record.value is None:
+                raise Broken(record.broken or record.dropped)
+            for title, tokens in shown(words, record.value):
+                learned = sum(token.learned for token in tokens)
+                say(f"\nrow {number}, {title}: {len(tokens)} tokens, {learned} learned", "bold")
+                console.print(_coloured(tokens), soft_wrap=True)
+        except (Broken, DataError) as error:
+            say(f"\nrow {number} cannot be used: {error}", "red")
+
+
+def _tokenizer(name: str, file: Path, cache_dir: Path) -> "Tokenizer":
+    from data import tokenizers
+
+    beside = file.absolute().parent.parent / "tokenizer"
+    if not name and (beside / "tokenizer.json").is_file():
+        return tokenizers.load(beside)
+    if name and Path(name).expanduser().is_dir():
+        return tokenizers.load(Path(name).expanduser())
+    return tokenizers.named(name or "gpt2", cache_dir)
+
+
+def _coloured(tokens: "list[Token]") -> Text:
+    """Neighbouring tokens differ by an underline, so that one sees where a word is cut."""
+    text = Text()
+    for i, token in enumerate(tokens):
+        before = tokens[i - 1].learned if i else False
+        text.append("[" if token.learned and not before else "]" if before and not token.learned else "", "bold")
+        style = f"{_STYLES.get(token.role, 'yellow')}{' bold' if token.learned else ''}{' underline' if i % 2 else ''}"
+        text.append(token.text.replace("\n", "\u21b5\n"), style)
+    return text.append("]" if tokens and tokens[-1].learned else "", "bold")

@@ -142,7 +142,7 @@ def outside_inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
     from rlhf.stage_data import source_digest
 
     data = recipe.data
-    sources = dict.fromkeys([*data.pretrain, *data.sft, *data.preferences, *data.prompts])
+    sources = dict.fromkeys([*data.pretrain, *data.sft, *data.preferences, *data.prompts, *data.decontaminate.against])
     found: dict[str, dict[str, str]] = {"data": {s: source_digest(s) for s in sources}}
     if recipe.model.init is not None:
         model = Path(recipe.model.init).expanduser()

@@ -39,6 +39,23 @@ class Clean(Section):
     drop_missing: bool = key(False, "Rows without a text are dropped and counted; else they are broken.")
 
 
+class Decontaminate(Section):
+    """Texts that hold passages of evaluations are taken out of everything that is trained on."""
+
+    against: list[Source] = key(
+        [],
+        "Evaluation texts: `name:kind` of the catalogue, or paths, globs and URIs. What shares a passage with one is dropped and listed.",
+    )
+    ngram: int = key(
+        13,
+        "Words in a row that are a passage, or twice as many Chinese or Japanese characters. Shorter evaluation texts count as a whole, "
+        "from 8 words on.",
+        unit="words",
+        ge=5,
+        source="arXiv:2005.14165, appendix C",
+    )
+
+
 class Data(Section):
     pretrain: list[Source] = key(
         ...,
@@ -63,6 +80,12 @@ class Data(Section):
         {}, "Under which names the files have what is called so here, as {text: content}; a row without that name keeps its own."
     )
     clean: Clean = key(Clean(), "What is done to pretraining texts; nothing by default.")
+    near_duplicates: bool = key(
+        False,
+        "Drop documents that repeat most of an earlier one: linked by pairs that share .8 of their 5-grams of words, or of characters.",
+        source="arXiv:2406.17557",
+    )
+    decontaminate: Decontaminate = key(Decontaminate(), "What must not be trained on; nothing by default.")
     cache_dir: str = key("~/.cache/roundhouse", "Where fetched corpora and rank files are kept.", unit="path")
     validation_fraction: float = key(0.03, "Share of documents held out, chosen by the hash of their text.", unit="fraction", gt=0, lt=0.5)
     max_broken_fraction: float = key(

@@ -180,6 +180,8 @@ def _idle_keys(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
         found["tokenizer", "vocab_size"] = "tokenizer.encoding names a ready vocabulary"
     if _section(values, "pretrain").get("phases") is not None:
         found["pretrain", "steps"] = "pretrain.phases have steps of their own"
+    if not _section(values, "data", "decontaminate").get("against"):
+        found["data", "decontaminate", "ngram"] = "data.decontaminate.against names no evaluation"
     method = adapter.get("method", "none")
     thin = ["rank", "alpha", "dropout", "targets"]
     of_method = {"none": [*thin, "virtual_tokens"], "p_tuning_v2": thin, "lora": ["virtual_tokens"], "qlora": ["virtual_tokens"]}
@@ -208,12 +210,12 @@ def _missing_files(values: dict[str, Any]) -> list[Problem]:
 
     problems: list[Problem] = []
     data = _section(values, "data")
-    for key in ("pretrain", "sft", "preferences", "prompts"):
-        sources = data.get(key)
+    for path in (("pretrain",), ("sft",), ("preferences",), ("prompts",), ("decontaminate", "against")):
+        sources = _section(data, *path[:-1]).get(path[-1])
         for i, source in enumerate(sources if isinstance(sources, list) else []):
             what = problem(source) if isinstance(source, str) else None
             if what:
-                problems.append(Problem(("data", key, i), f": {what}"))
+                problems.append(Problem(("data", *path, i), f": {what}"))
     directories: list[tuple[tuple[str, ...], str]] = [(("model",), "init"), (("sft", "distill"), "teacher")]
     if values.get("align") == "distill":  # a recipe may hold the settings of several ways to align
         directories.append((("distill",), "teacher"))

@@ -32,6 +32,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     limits: dict[str, Any] = {
         "validation_fraction": recipe.data.validation_fraction,
         "max_broken_fraction": recipe.data.max_broken_fraction,
+        "evaluations": _evaluations(recipe),
     }
     made = {part: read_json(out / part / "manifest.json") for part in PARTS}
 
@@ -97,7 +98,8 @@ def predict(recipe: Recipe, share: float) -> dict[str, float]:
     from data import dry_run
     from rlhf import artefacts, pipeline
 
-    figures = dry_run.predict(_files(recipe, recipe.data.pretrain), _ready_tokenizer(recipe), _steps(recipe), share)
+    files, tokenizer = _files(recipe, recipe.data.pretrain), _ready_tokenizer(recipe)
+    figures = dry_run.predict(files, tokenizer, _steps(recipe), share, _evaluations(recipe))
     run_dir = pipeline.run_directory(recipe)
     run_dir.mkdir(parents=True, exist_ok=True)
     identity = artefacts.identities(recipe, pipeline.outside_inputs(recipe))["data"]
@@ -141,6 +143,7 @@ def _steps(recipe: Recipe) -> Any:
     return Steps(
         exclude=frozenset(_ids(Path(recipe.data.exclude).expanduser())) if recipe.data.exclude else frozenset(),
         fields=tuple(recipe.data.fields.items()),
+        near_duplicates=recipe.data.near_duplicates,
         cleaning=Cleaning(**recipe.data.clean.model_dump() | {"pii": tuple(recipe.data.clean.pii)}),
     )
 
@@ -180,6 +183,14 @@ def _ready_tokenizer(recipe: Recipe) -> Any:
             "give the words yourself (tokenizer.extend), or start from a model that roundhouse made"
         )
     return Growth(found, wanted.extend_from_corpus)
+
+
+def _evaluations(recipe: Recipe) -> Any:
+    """The index of what must not be trained on; None when the recipe names nothing."""
+    from data.decontamination import index_of
+
+    asked = recipe.data.decontaminate
+    return index_of(_files(recipe, asked.against), asked.ngram) if asked.against else None
 
 
 def _files(recipe: Recipe, sources: list[str]) -> list[File]:

@@ -191,23 +191,26 @@ def test_a_chain_takes_few_rounds(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("large-*"))) <= 12
 
 
+def spread_out(folder: Path, rows: np.ndarray, ranges: int) -> shuffle.Stage:
+    """Rows as a stage, ranged by their first number."""
+
+    def as_they_are() -> tuple[np.ndarray, np.ndarray, int]:  # in here, so that workers need not import this file
+        return rows, of_range(rows[:, 0] * clusters.SPREAD, ranges), 0
+
+    return shuffle.shuffle(folder, as_they_are, [()], ranges)
+
+
 def stars(folder: Path, pairs: list[list[int]], ranges: int) -> dict[int, int]:
     rows = np.array([pair[::-1] for pair in pairs], np.uint64).reshape(-1, 2)
-    stage = shuffle.shuffle(folder / "pairs", _as_they_are, [(rows, ranges)], ranges)
-    end = clusters.connected(stage, folder)
+    end = clusters.connected(spread_out(folder / "pairs", rows, ranges), folder)
     return {int(node): int(least) for number in range(ranges) for node, least in end.read(number)}
-
-
-def _as_they_are(rows: np.ndarray, ranges: int) -> tuple[np.ndarray, np.ndarray, int]:
-    return rows, of_range(rows[:, 0] * clusters.SPREAD, ranges), 0
 
 
 def test_large_buckets_are_cut_and_stay_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "CHUNK", 10)
     corpus = clusters.Corpus((), 0, (0, 1), 50)
     rows = np.array([[key, place] for place in range(25) for key in (5, 6 + place)], np.uint64)
-    stage = shuffle.shuffle(tmp_path / "bands", _as_they_are, [(rows, 1)], 1)
-    found, _, _ = clusters._shared(corpus, stage, 0)
+    found, _, _ = clusters._shared(corpus, spread_out(tmp_path / "bands", rows, 1), 0)
     buckets: dict[int, list[int]] = {}
     for place, key in found.tolist():
         buckets.setdefault(key, []).append(place)

@@ -89,7 +89,7 @@ from cluster.connect import connect
 from data.pipeline import prepare_text
 files, out, where = sorted(Path(sys.argv[1]).glob("*.jsonl")), Path(sys.argv[2]), sys.argv[3]
 with connect("local", num_cpus=int(where)) if where.isdigit() else connect(where):
-    prepare_text(files, 400, out, validation_fraction=0.1, max_broken_fraction=0.1, shard_tokens=20_000, part_bytes=60_000)
+    prepare_text(files, 330, out, validation_fraction=0.1, max_broken_fraction=0.1, shard_tokens=20_000, part_bytes=60_000)
 """
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from data.formats import conversation, question, ranking
+from data.formats import conversation, document, question, ranking
 from data.reading import Broken
 
 HI, HELLO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -115,3 +115,18 @@ def test_rankings(record: dict[str, Any]) -> None:
 def test_what_is_no_ranking_is_told(record: dict[str, Any], message: str) -> None:
     with pytest.raises(Broken, match=message):
         ranking(record)
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"text": "a", "target": "b"}, "a"),
+        ({"source": "a", "target": "b", "category": "c"}, "ab"),
+        ({"source": None, "target": "b", "text": None}, "b"),
+        ({"source": ["a"], "target": "b"}, None),
+        ({"source": "a"}, None),
+        ({}, None),
+    ],
+)
+def test_documents(record: dict[str, Any], text: str | None) -> None:
+    assert document(record) == text

@@ -12,6 +12,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_s3 import fake_s3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,6 +204,23 @@ def test_object_stores_are_read_like_files(tmp_path: Path) -> None:
     path.write_text("words")
     assert values([f"file://{tmp_path}/a%20b.txt"]) == [{"text": "words"}]
     assert find(f"file://{tmp_path}/*.txt") == [path]
+
+
+def test_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("AWS_EC2_METADATA_DISABLED", "true"), ("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "y")):
+        monkeypatch.setenv(name, value)
+    rows = [{"text": f"row {i}"} for i in range(300)]
+    stored = {"a/1.jsonl": as_jsonl(rows), "a/2.parquet": as_parquet(rows), "a/b/3.jsonl.gz": gzip.compress(as_jsonl(rows)), "c.txt": b"x"}
+    with fake_s3("bucket", stored) as options:
+        assert [str(file).partition("?")[0] for file in find(f"s3://bucket/**/*.jsonl*?{options}")] == [
+            "s3://bucket/a/1.jsonl",
+            "s3://bucket/a/b/3.jsonl.gz",
+        ]
+        files = find(f"s3://bucket/a/**/*?{options}")
+        assert values(files, 2000) == rows * 3
+        assert [size_of(file) for file in files] == [len(data) for name, data in stored.items() if name != "c.txt"]
+        with pytest.raises(DataError, match="no such file"):
+            size_of(f"s3://bucket/none.txt?{options}")
 
 
 def test_a_store_without_library_or_answer_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
