@@ -29,6 +29,7 @@ ROW = pa.schema(
         ("id", pa.binary(16)),  # null where broken
         ("bytes", pa.int64()),  # of the cleaned text in UTF-8
         ("head", pa.string()),
+        ("category", pa.string()),  # as its row says; null where it says none
         ("language", pa.string()),
         ("language_score", pa.float32()),
         ("fate", pa.string()),  # null until it is known

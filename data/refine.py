@@ -85,6 +85,7 @@ class _Row:
     head: str = ""
     fate: str | None = None
     reason: str | None = None
+    category: str | None = None
     language: str | None = None
     language_score: float | None = None
 
@@ -102,6 +103,8 @@ def _batches(part: Part, steps: Steps) -> Iterator[list[_Row]]:
             try:
                 row.source, row.text, row.id = clean(record.value, steps.cleaning)
                 row.head = " ".join(row.text[:HEAD].split())
+                category = record.value.get("category")
+                row.category = category if isinstance(category, str) and category else None
             except Broken as error:
                 row.fate, row.reason, row.head = BROKEN, str(error), head_of(record.value).decode(errors="backslashreplace")
             except Dropped as error:
@@ -146,6 +149,7 @@ def _refined(batch: list[_Row], first: int, steps: Steps, evaluations: Index | r
         "id": [row.id for row in batch],
         "bytes": pa.compute.cast(pa.compute.binary_length(text), pa.int64()),
         "head": [row.head for row in batch],
+        "category": [row.category for row in batch],
         "language": [row.language for row in batch],
         "language_score": pa.array([row.language_score for row in batch], pa.float32()),
         "fate": fate,
