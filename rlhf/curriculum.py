@@ -203,9 +203,11 @@ def windows(shards: TokenShards, length: int, text: Text | None = None) -> Units
     of = Source("", 0, shards.tokens, 0) if text is None else text
 
     def window(i: int) -> Unit:
-        spans = [shards.span(*span) for span in of.spans(i * length, (i + 1) * length)]
+        places = of.spans(i * length, (i + 1) * length)
+        spans = [shards.span(*place) for place in places]
+        weights = np.concatenate([shards.learned(*place) for place in places]).astype(np.float32)
         lengths = [segment for _, segments in spans for segment in segments]
-        return [Sample(np.concatenate([tokens for tokens, _ in spans]), np.ones(length, np.float32), lengths=lengths)]
+        return [Sample(np.concatenate([tokens for tokens, _ in spans]), weights, lengths=lengths)]
 
     def documents(i: int) -> list[str]:
         names = [name for span in of.spans(i * length, (i + 1) * length) for name in shards.document_ids(*span)]

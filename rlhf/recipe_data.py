@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from rlhf.recipe_base import Section, Source, key
+from rlhf.recipe_quality import Quality
 
 FIELDS = (
     *("text", "source", "target", "category", "messages", "conversations", "system", "instruction", "input", "output"),
@@ -80,10 +81,15 @@ class Data(Section):
         {}, "Under which names the files have what is called so here, as {text: content}; a row without that name keeps its own."
     )
     clean: Clean = key(Clean(), "What is done to pretraining texts; nothing by default.")
+    quality: Quality | None = key(None, "Rules that a pretraining text must keep; none by default, `{}` takes the published ones.")
     near_duplicates: bool = key(
         False,
         "Drop documents that repeat most of an earlier one: linked by pairs that share .8 of their 5-grams of words, or of characters.",
         source="arXiv:2406.17557",
+    )
+    earlier: list[Source] = key(
+        [],
+        "Directories of runs whose pretraining texts stood earlier: what repeats one of theirs, as far as this recipe looks, is dropped.",
     )
     decontaminate: Decontaminate = key(Decontaminate(), "What must not be trained on; nothing by default.")
     cache_dir: str = key("~/.cache/roundhouse", "Where fetched corpora and rank files are kept.", unit="path")

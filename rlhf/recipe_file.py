@@ -19,6 +19,7 @@ from rlhf.errors import RecipeError
 from rlhf.recipe import Recipe
 from rlhf.recipe_keys import nearest_key, section_at
 from rlhf.recipe_ppo import idle
+from rlhf.recipe_quality import unused_rules
 from rlhf.rewards import problem as reward_problem
 
 KeyPath = tuple[str | int, ...]
@@ -176,6 +177,7 @@ def _idle_keys(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
     found: dict[tuple[str, ...], str] = {}
     if model.get("init") is not None:
         found |= {("model", k): "model.init brings a model of its own" for k in section_at(("model",)).model_fields if k != "init"}
+    found |= {("data", "quality", *path): why for path, why in unused_rules(_section(values, "data").get("quality")).items()}
     if tokenizer.get("encoding", "train") != "train":
         found["tokenizer", "vocab_size"] = "tokenizer.encoding names a ready vocabulary"
     if _section(values, "pretrain").get("phases") is not None:
@@ -223,6 +225,9 @@ def _missing_files(values: dict[str, Any]) -> list[Problem]:
         directory = _section(values, *section).get(name)
         if isinstance(directory, str) and not Path(directory).expanduser().is_dir():
             problems.append(Problem((*section, name), f"is no directory: {directory}"))
+    for i, run in enumerate(runs if isinstance(runs := data.get("earlier"), list) else []):
+        if isinstance(run, str) and not (Path(run).expanduser() / "data" / "pretrain" / "train" / "manifest.json").is_file():
+            problems.append(Problem(("data", "earlier", i), f": no run whose pretraining texts are ready: {run}"))
     exclude = _section(values, "data").get("exclude")
     if isinstance(exclude, str) and not Path(exclude).expanduser().is_file():
         problems.append(Problem(("data", "exclude"), f"is no file: {exclude}"))

@@ -3,7 +3,7 @@
 quality = Quality().rules()      # what data/ works with
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import create_model, model_validator
 
@@ -14,7 +14,7 @@ from rlhf.recipe_base import Section, key
 def _section(rule_set: rules.RuleSet) -> type[Section]:
     """A section with a key per rule; null turns a rule off."""
     keys: dict[str, Any] = {
-        rule.name: (float | None, key(rule.threshold, rule.meaning, source=rule_set.source, values="null turns the rule off"))
+        rule.name: (int | float | None, key(rule.threshold, rule.meaning, source=rule_set.source, values="null turns the rule off"))
         for rule in rule_set.rules
     }
     if rule_set.section == "c4":
@@ -50,7 +50,7 @@ class _Choice(Section):
         for names in self.by_language.values():
             for name in names:
                 if name not in rules.RULE_SETS:
-                    raise ValueError(f"by_language: there is no rule set {name!r}; there are {', '.join(rules.RULE_SETS)}")
+                    raise ValueError(f"by_language: there is no rule set {name!r} (there are {', '.join(rules.RULE_SETS)})")
         return self
 
     def rules(self) -> rules.Quality:
@@ -69,4 +69,22 @@ _KEYS: dict[str, Any] = {
     rule_set.section: (_SECTIONS[rule_set.section], key(_SECTIONS[rule_set.section](), f"{rule_set.name}. {rule_set.about}"))
     for rule_set in rules.RULE_SETS.values()
 }
-Quality: type[_Choice] = create_model("Quality", __base__=_Choice, **_KEYS)
+_QUALITY: Any = create_model("Quality", __base__=_Choice, **_KEYS)
+
+
+if TYPE_CHECKING:
+
+    class Quality(_Choice):
+        """For the type checker, which cannot look into `create_model`."""
+
+else:
+    Quality = _QUALITY
+
+
+def unused_rules(quality: Any) -> dict[tuple[str, ...], str]:
+    """The sections of rule sets that no language is held against, and why they idle, for `data.quality` as it stands in a file."""
+    chosen = quality.get("by_language", rules.BY_LANGUAGE) if isinstance(quality, dict) else {}
+    if not isinstance(chosen, dict) or not isinstance(quality, dict):
+        return {}
+    named = {name for names in chosen.values() if isinstance(names, (list, tuple)) for name in names}
+    return {(s.section,): f"data.quality.by_language names no {s.name}" for s in rules.RULE_SETS.values() if s.name not in named}

@@ -13,6 +13,9 @@ from data.c4 import c4_lines
 from data.quality import count, edited, reasons
 from data.rules import RULE_SETS, C4Lines, Quality, merged
 from data.signals import SIGNALS, measure
+from rlhf import recipe_file
+from rlhf.errors import RecipeError
+from rlhf.what_if import what_if
 
 
 def said_twice(n: int, share: float, length: int) -> str:
@@ -179,3 +182,48 @@ def test_rules_are_plain_data() -> None:
     assert json.loads(json.dumps(merged()))["fineweb"]["max_short_lines"] == 0.67
     with pytest.raises(KeyError, match=r"gopher\.min_wrods"):
         merged({"gopher": {"min_wrods": 1}})
+
+
+def test_a_recipe_names_its_rules(recipe_path: Path) -> None:
+    recipe = recipe_file.load(recipe_path, ["data.quality.gopher.min_words=20", "data.quality.c4.terminal_punctuation=false"])
+    assert recipe.data.quality is not None
+    quality = recipe.data.quality.rules()
+    assert quality == Quality(thresholds=merged({"gopher": {"min_words": 20}}), c4_lines=C4Lines(terminal_punctuation=False))
+    assert recipe_file.load(recipe_path).data.quality is None
+    off = recipe_file.load(recipe_path, ["data.quality.gopher.min_words=null"]).data.quality
+    assert off is not None
+    assert off.rules().thresholds["gopher"]["min_words"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("data.quality.gopher.min_wrods=20", "did you mean data.quality.gopher.min_words"),
+        ("data.quality.by_language={en: [gopher@7]}", r"there is no rule set 'gopher@7' \(there are gopher@1, "),
+        ("data.quality={by_language: {en: [gopher@1]}, code: {min_letters: 0}}", "by_language names no code@1"),
+    ],
+)
+def test_a_recipe_that_asks_for_no_such_rule(recipe_path: Path, override: str, complaint: str) -> None:
+    with pytest.raises(RecipeError, match=complaint):
+        recipe_file.load(recipe_path, [override])
+
+
+def test_what_if(recipe_path: Path, tmp_path: Path) -> None:
+    recipe_path.write_text(recipe_path.read_text().replace("data:\n", "data:\n  quality: {by_language: {en: [gopher@1]}}\n"))
+    folder = tmp_path / "runs" / "tiny" / "data" / "pretrain" / "documents"
+    with pytest.raises(RecipeError, match="has no prepared corpus"):
+        what_if(recipe_path, ["data.quality.gopher.min_words=20"])
+    folder.mkdir(parents=True)
+    texts = ["the and " + "word " * n for n in (30, 100)]
+    columns = {"language": pa.array(["en"] * 2), "language_score": pa.array([1.0] * 2, pa.float32()), "tokens": [40, 110]}
+    signals = measure(texts)
+    pq.write_table(pa.table({**columns, **{n: signals[n] for n in SIGNALS}}), folder / "000000.parquet")
+    now, then = what_if(recipe_path, ["data.quality.gopher.min_words=20"])
+    assert now == {"kept": (1, 110), "gopher@1: min_words": (1, 40)}
+    assert then == {"kept": (2, 150)}
+    for override, complaint in (
+        ("seed=3", "seed is no rule"),
+        ("data.quality.by_language={en: [gopher@1, c4@1]}", "c4@1 takes lines out of the texts"),
+    ):
+        with pytest.raises(RecipeError, match=complaint):
+            what_if(recipe_path, [override])

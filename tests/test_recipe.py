@@ -168,6 +168,15 @@ def test_key_without_effect(recipe_path: Path) -> None:
     assert "vocab_size" not in recipe_file.resolved(recipe)
 
 
+def test_what_pretraining_is_held_against_must_be_there(recipe_path: Path, tmp_path: Path) -> None:
+    assert "data.decontaminate.ngram would have no effect: data.decontaminate.against names" in complaint(
+        recipe_path, "data.decontaminate.ngram=8"
+    )
+    message = complaint(recipe_path, f"data.decontaminate.against=[{tmp_path}/gone.jsonl]", f"data.earlier=[{tmp_path}/gone]")
+    assert "data.decontaminate.against: no such file" in message
+    assert "data.earlier: no run whose pretraining texts are ready" in message
+
+
 def test_a_single_head_is_never_uncertain(recipe_path: Path) -> None:
     assert "ppo.uncertainty_coef would have no effect: reward.heads is 1" in complaint(recipe_path, "ppo.uncertainty_coef=1")
     assert "ppo.uncertainty_coef needs reward.center_coef" in complaint(recipe_path, "ppo.uncertainty_coef=1", "reward.heads=4")

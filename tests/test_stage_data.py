@@ -54,6 +54,31 @@ def test_data_stage_makes_every_part_and_reports_it(ray_session: None, words: Pa
     assert summary["data/sft_train"] + summary["data/sft_validation"] == 10
 
 
+def test_evaluations_and_earlier_runs_are_kept_out_of_every_part(ray_session: None, words: Path, tmp_path: Path) -> None:
+    passage = "when the seventh train had left the station nobody was there to wave it goodbye"
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": passage}) + "\n")
+    for name, row in {
+        "speech": {"text": f"He said: {passage}."},
+        "chat": {"messages": [{"role": "user", "content": passage}, {"role": "assistant", "content": "Sad."}]},
+        "pairs": {"messages": [{"role": "user", "content": "Tell"}], "chosen": passage.upper(), "rejected": "No"},
+        "prompts": {"messages": [{"role": "user", "content": f"Is it true that {passage}?"}]},
+    }.items():
+        with (tmp_path / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    clean = ["data.validation_fraction=0.2", f"data.decontaminate.against=[{tmp_path}/test.jsonl]"]
+    first = pipeline.run(recipe_file.load(words, clean), only="data")
+    for part in ("pretrain", "sft", "preferences", "prompts"):
+        (line,) = (first / "data" / part / "contaminated.jsonl").read_text().splitlines()
+        assert (json.loads(line)["evaluation_line"], json.loads(line)["words"]) == (1, 15)
+        assert passage in json.loads(line)["passage"].lower()
+
+    with (tmp_path / "speech.jsonl").open("a") as file:
+        file.writelines(json.dumps({"text": f"Another day, {n}."}) + "\n" for n in ("one", "two", "three"))
+    second = pipeline.run(recipe_file.load(words, [*clean, "name=second", f"data.earlier=[{first}]"]), only="data")
+    summary = json.loads((second / "summary.json").read_text())
+    assert summary["data/train_documents"] + summary["data/validation_documents"] == 3
+
+
 def test_finished_parts_survive_a_stop(ray_session: None, words: Path, tmp_path: Path) -> None:
     good = (tmp_path / "pairs.jsonl").read_text()
     recipe = recipe_file.load(words, ["data.max_broken_fraction=0.5", "data.validation_fraction=0.2"])
