@@ -164,6 +164,7 @@ def test_distillation_on_ones_own_answers_says_what_it_needs(recipe_path: Path, 
 def test_key_without_effect(recipe_path: Path) -> None:
     message = complaint(recipe_path, "tokenizer.encoding=gpt2", "tokenizer.vocab_size=5000")
     assert "tokenizer.vocab_size would have no effect" in message
+    assert "tokenizer.extend_from_corpus needs a ready tokenizer.encoding" in complaint(recipe_path, "tokenizer.extend_from_corpus=5")
     recipe = recipe_file.load(recipe_path, ["tokenizer.encoding=gpt2"])
     assert "vocab_size" not in recipe_file.resolved(recipe)
 
