@@ -193,6 +193,16 @@ class Meter:
         return f"{self.what} {self.bytes / seconds / 1e6:.1f} MB/s{rows}, {left // 60}:{left % 60:02d} left"
 
 
+def gathered(what: str, tasks: Sequence[ray.ObjectRef]) -> list[Any]:
+    """What plain Ray tasks return, in order. Raises DataError when they are not done within DEADLINE_S."""
+    try:
+        return list(ray.get(list(tasks), timeout=DEADLINE_S))
+    except ray.exceptions.GetTimeoutError:
+        raise DataError(
+            f"{what}: {len(tasks)} tasks were not done within {DEADLINE_S:g} s; `ray stack` on a node shows where they stand"
+        ) from None
+
+
 @lru_cache(maxsize=4)
 def fetched(reference: ray.ObjectRef) -> Any:
     """What was put into the object store, once per process: rebuilding a tokenizer of 200,000 tokens for every part would cost as much

@@ -17,6 +17,7 @@ import ray
 import regex
 
 from data.encodings import PATTERNS
+from data.engine import gathered
 from data.tokenizers import BytePairTokenizer
 
 TASK_CHARACTERS = 4 << 20  # of text that one task counts the words of
@@ -48,9 +49,9 @@ def counted(texts: Iterable[Texts], pattern: str) -> Counter[str]:
     for batch in texts:
         waiting.append(task.remote(batch, pattern))
         if len(waiting) >= MOST_TASKS:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            found.update(ray.get(done[0]))
-    for counts in ray.get(waiting):
+            for counts in gathered("words", [waiting.pop(0)]):
+                found.update(counts)
+    for counts in gathered("words", waiting):
         found.update(counts)
     return found
 
