@@ -61,7 +61,7 @@ def test_a_part_that_keeps_killing_its_workers_is_named(ray_session: None, tmp_p
         return {"rows": part.number}
 
     with pytest.raises(DataError, match=r"died 4 times on thing-2\.jsonl.*data\.part_bytes"):
-        each_part("count", work, PARTS, tmp_path / "work", "a", deadline_s=100)
+        each_part("count", work, PARTS, tmp_path / "work", "a", deadline_s=400)
 
 
 def test_what_work_raises_arrives_with_the_parts_name(ray_session: None, tmp_path: Path) -> None:
