@@ -13,12 +13,14 @@ import ray
 from test_data_tokenizers import SAMPLE, TRAINED
 
 from data import catalog
-from data.cleaning import in_validation, repeated, text_id, validation_limit
+from data.cleaning import in_validation, text_id, validation_limit
 from data.errors import DataError
 from data.mixture import sources
 from data.pipeline import prepare_text
+from data.refine import Steps
 from data.shards import TokenShards
 from data.tokenizers import Tokenizer
+from data.work import EARLIER
 from rlhf.curriculum import windows
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -124,6 +126,30 @@ def test_sources_are_runs_of_the_one_stream_and_change_no_byte_of_it(tmp_path: P
     assert [source.name for source in sources(tmp_path / "plain", "train")] == [str(path) for path in files]
 
 
+def test_what_an_earlier_corpus_holds_is_not_taken_again(tmp_path: Path) -> None:
+    near = Steps(near_duplicates=True)
+    long = [" ".join(f"w{'abcdefghij'[int(d)]}{'klmnopqrst'[i % 10]}" for d in str(3**90 + 7**i)) for i in range(60)]
+    old = jsonl(tmp_path / "old.jsonl", [{"text": t} for t in long[:40]])
+    changed = [f"{t} so" for t in long[5:15]]
+    new = jsonl(tmp_path / "new.jsonl", [{"text": t} for t in [*long[35:45], *changed, *long[45:], f"{long[50]} so"]])
+    prepare([old], tmp_path / "old", steps=near)
+    prepare([new], tmp_path / "new", steps=near, earlier=[tmp_path / "old"])
+    kept = [t for split in ("train", "validation") for t in texts_of(tmp_path / "new" / split)]
+    assert sorted(kept) == sorted(long[40:])
+    manifest = json.loads((tmp_path / "new/manifest.json").read_text())
+    fates = {(fate, reason): count for fate, reason, count, *_ in manifest["fates"]}
+    assert fates["duplicate", EARLIER] == 5
+    assert (fates["near-duplicate", EARLIER], fates["near-duplicate", None]) == (10, 1)
+
+    with pytest.raises(DataError, match=r"0 different documents|hold [01] different"):
+        prepare([old], tmp_path / "again", steps=near, earlier=[tmp_path / "old"])
+    prepare([old], tmp_path / "exact")
+    with pytest.raises(DataError, match="knows equal documents only, not roundhouse minhash"):
+        prepare([new], tmp_path / "wrong", steps=near, earlier=[tmp_path / "exact"])
+    with pytest.raises(DataError, match="no manifest"):
+        prepare([new], tmp_path / "wrong", earlier=[tmp_path / "nowhere"])
+
+
 def broken_file(folder: Path) -> Path:
     path = folder / "some.jsonl"
     good = [json.dumps({"text": t}).encode() for t in TEXTS[:30]]
@@ -188,11 +214,6 @@ def test_both_sides_of_the_split_get_a_document() -> None:
     assert (shares < validation_limit(ids, 1e-9)).sum() == 1
     assert (shares < validation_limit(ids, 1 - 1e-9)).sum() == len(TEXTS) - 1
     assert [in_validation(t, 0.3) for t in TEXTS] == (shares < validation_limit(ids, 0.3)).tolist()
-
-
-def test_repeated_marks_all_but_the_first() -> None:
-    ids = np.frombuffer(b"".join(text_id(t) for t in "abcabb"), dtype="V16")
-    assert repeated(ids).tolist() == [False, False, False, True, True, True]
 
 
 def test_the_speeches(cache_dir: Path, tmp_path: Path) -> None:
