@@ -8,6 +8,8 @@ From the source to the model, one file each:
     parts.py        files are cut into fixed pieces of work
     reading.py      records as a Ray Dataset; what cannot be read is listed with file, line and first bytes
     cleaning.py     cleaning, NFC, ids by hash, exact duplicates, the train / validation split;  pii.py replaces personal data
+    quality.py      which texts are good enough: the rules (rules.py) over counts of a text (signals.py), chosen by language.py;  c4.py drops
+                    lines.  words.py splits texts as spaCy does (special_words.py), over code points (characters.py), compiled (kernels.py)
     formats.py      the spellings of conversations, rankings and questions
     pipeline.py     documents -> vocabulary -> token shards                                  (for pretraining)
     examples.py     conversations, preferences and prompts -> parquet of token ids           (for the stages after it)
