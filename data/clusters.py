@@ -34,6 +34,7 @@ import ray
 import xxhash
 
 from data import minhash
+from data.engine import gathered
 from data.errors import DataError
 from data.files import write_bytes, write_json
 from data.shuffle import Stage, changes, distinct, of_range, shuffle
@@ -137,7 +138,7 @@ def _drop(
 ) -> dict[str, Any]:
     """Survey the parts, find what repeats what, name it. Files are kept when the same question was answered before, and work half done is
     gone on with."""
-    counts = ray.get([_survey.remote(path) for path in (*against, *parts)])
+    counts = gathered("survey of documents", [_survey.remote(path) for path in (*against, *parts)])
     manifest = {"format": FORMAT, "kind": kind, **options, "against": len(against), "parts": len(parts)}
     asked = xxhash.xxh3_128(json.dumps([manifest, counts, _finished(without) if without else None]).encode()).hexdigest()
     if (done := _finished(out)) and done["asked"] == asked:
@@ -159,7 +160,8 @@ def _drop(
     )
     repeated = find(corpus, work)
     named = shuffle(work / "named", _named, [(corpus, repeated, job) for job in range(corpus.jobs)], corpus.jobs)
-    of_parts = ray.get([_write.remote(corpus, named, job, out) for job in range(corpus.jobs) if corpus.first[job] >= corpus.earlier])
+    jobs = [job for job in range(corpus.jobs) if corpus.first[job] >= corpus.earlier]
+    of_parts = gathered("names of duplicates", [_write.remote(corpus, named, job, out) for job in jobs])
     manifest |= {"documents": corpus.rows, "dropped": sum(of_parts), "clusters": named.note, "asked": asked}
     write_json(out / "manifest.json", manifest)
     shutil.rmtree(work)
@@ -278,7 +280,7 @@ def _confirmed(keys, places, sketches, equal):  # type: ignore[no-untyped-def]
             for k in range(sketches.shape[1]):
                 same += sketches[i, k] == sketches[leaders[j], k]
             if same >= equal:
-                found[pairs] = places[i], places[leaders[j]]
+                found[pairs, 0], found[pairs, 1] = places[i], places[leaders[j]]
                 pairs += 1
                 before, mine = mine, label[j]
                 for other in range(count):

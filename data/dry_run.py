@@ -56,7 +56,7 @@ def predict(
         seconds = time.process_time() - since
         texts: list[str] = []
         for part, here in zip(sample, kept, strict=True):
-            for _, some in kept_texts(work, part.number, here):
+            for _, some, _ in kept_texts(work, part.number, here):
                 texts += some
         if isinstance(tokenizer, Growth):
             tokenizer = tokenizer.base  # its words come from the whole corpus: there will be fewer tokens

@@ -3,7 +3,7 @@
     messages = conversation(record)        # [{"role": "user", "content": "..."}, ...]
     prompt, answers, scores = ranking(record)
     prompt, answer = question(record)      # the answer is None where the record has none
-    text = document(record)                # {"text"}, or {"source", "target"} one after the other
+    source, text = document(record)        # of {"source", "target"}, else "" and the text of {"text"}
 
 A conversation is one of:
 
@@ -32,12 +32,13 @@ _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
-def document(record: Mapping[str, Any]) -> Any:
-    """What a row has to pretrain on, as it stands there: its "text", or its "source" (if it has one) and its "target"."""
-    if _has(record, "target") and not _has(record, "text"):
-        source, target = record.get("source") or "", record["target"]
-        return source + target if isinstance(source, str) and isinstance(target, str) else None
-    return record.get("text")
+def document(record: Mapping[str, Any]) -> tuple[str, Any]:
+    """What a row has to pretrain on, as it stands there: what is read only, and what is learned. The first is empty but for rows of
+    {"source", "target"} (Colossal-LLaMA)."""
+    if not _has(record, "target") or _has(record, "text"):
+        return "", record.get("text")
+    source = record["source"] if _has(record, "source") else ""
+    return (source, record["target"]) if isinstance(source, str) else ("", None)
 
 
 def conversation(record: Mapping[str, Any]) -> list[Message]:

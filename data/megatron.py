@@ -6,7 +6,8 @@
 out/train.bin is the token stream. out/train.idx, little-endian: "MMIDIDX\\0\\0", version uint64 = 1, type of the tokens uint8 (8: uint16,
 4: int32), sequences uint64 `n`, document marks uint64 `m`; then int32 `[n]` tokens of each sequence, int64 `[n]` the byte where it begins,
 int64 `[m]` the sequence with which each document begins, and `n` at the end. A document of ours, with its <|endoftext|>, is one sequence,
-as Megatron's own preprocess_data.py --append-eod makes it. (megatron/core/datasets/indexed_dataset.py, Megatron-Core 0.16)
+as Megatron's own preprocess_data.py --append-eod makes it. Its files know no read-only tokens: there, sources of rows of
+{"source", "target"} are learned. (megatron/core/datasets/indexed_dataset.py, Megatron-Core 0.16)
 """
 
 import os
@@ -19,10 +20,8 @@ import numpy as np
 from data.files import write_bytes
 from data.shards import TokenShards
 
-TYPES: dict[int, tuple[int, np.dtype[Any]]] = {
-    2: (8, np.dtype("<u2")),
-    4: (4, np.dtype("<i4")),
-}  # by bytes of our tokens; Megatron has no uint32, and no id needs it
+# By bytes of our tokens; Megatron has no uint32, and no id needs it.
+TYPES: dict[int, tuple[int, np.dtype[Any]]] = {2: (8, np.dtype("<u2")), 4: (4, np.dtype("<i4"))}
 PIECE = 8 << 20  # tokens in memory
 
 

@@ -6,6 +6,7 @@ A part goes through in batches of a few MB, so a worker's memory depends on neit
 bytes whenever it is called again.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,8 +34,9 @@ from data.work import KEYS, PASSAGES, ROWS, TEXTS, path_of, written
 
 BATCH = 4 << 20  # bytes of input that go through the steps together: few calls, and little memory
 BATCH_ROWS = 8192
+COMMONEST = 20  # reasons that a part's result tells; its rows tell all
 NOBODY = (2**64, -1)  # lowest and highest share of no document
-TEXT = pa.schema([("row", pa.int64()), ("text", pa.large_string())])
+TEXT = pa.schema([("row", pa.int64()), ("text", pa.large_string()), ("source", pa.int32())])
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Steps:
 def refine(part: Part, steps: Steps, work: Path, evaluations: Index | ray.ObjectRef | None = None) -> Result:
     """Write a part's rows, texts and keys, and count. `evaluations`: a `decontamination.Index`; what holds a passage of it is dropped."""
     counts = {"rows": 0, "broken": 0}
+    dropped: Counter[str] = Counter()
     lowest, highest = NOBODY
     with ExitStack() as stack:
         files: dict[str, Any] = {}
@@ -64,10 +67,11 @@ def refine(part: Part, steps: Steps, work: Path, evaluations: Index | ray.Object
                 files[what].write_table(table)
             counts["rows"] += len(batch)
             counts["broken"] += sum(row.fate == BROKEN for row in batch)
+            dropped.update(f"{row.fate}: {row.reason}" if row.reason else row.fate for row in batch if row.fate not in (None, BROKEN))
             share = shares(id_array(tables[KEYS]["id"].drop_null()))
             if len(share):
                 lowest, highest = min(lowest, int(share.min())), max(highest, int(share.max()))
-    return {**counts, "lowest": lowest, "highest": highest}
+    return {**counts, "dropped": dict(dropped.most_common(COMMONEST)), "lowest": lowest, "highest": highest}
 
 
 @dataclass
@@ -75,10 +79,13 @@ class _Row:
     file: int
     at: int
     text: str = ""
+    source: int = 0
+    """Characters at its beginning that are read only, not learned."""
     id: bytes | None = None
     head: str = ""
     fate: str | None = None
     reason: str | None = None
+    category: str | None = None
     language: str | None = None
     language_score: float | None = None
 
@@ -94,8 +101,10 @@ def _batches(part: Part, steps: Steps) -> Iterator[list[_Row]]:
             row.head = record.head.decode(errors="backslashreplace")
         else:
             try:
-                row.text, row.id = _clean(record.value, steps.cleaning)
+                row.source, row.text, row.id = clean(record.value, steps.cleaning)
                 row.head = " ".join(row.text[:HEAD].split())
+                category = record.value.get("category")
+                row.category = category if isinstance(category, str) and category else None
             except Broken as error:
                 row.fate, row.reason, row.head = BROKEN, str(error), head_of(record.value).decode(errors="backslashreplace")
             except Dropped as error:
@@ -108,18 +117,19 @@ def _batches(part: Part, steps: Steps) -> Iterator[list[_Row]]:
     yield batch
 
 
-def _clean(record: dict[str, Any], cleaning: Cleaning) -> tuple[str, bytes]:
-    """A record's clean text, and its id; Broken when it has none, Dropped when there is nothing left of it."""
-    text = document(record)
+def clean(record: dict[str, Any], cleaning: Cleaning) -> tuple[int, str, bytes]:
+    """A record's clean text, after how many of its characters are read only, and its id; Broken when it has none, Dropped when there is
+    nothing left of it."""
+    source, text = document(record)
     if not isinstance(text, str) or not text.strip():
         if cleaning.drop_missing and (text is None or text == ""):
             raise Dropped("no text")
         raise Broken('no text: {"text": "..."} with something in it is needed')
     try:
-        text = cleaned(text, cleaning)
+        source, text = cleaned(source, cleaning) if source else "", cleaned(text, cleaning)
         if not text.strip():
             raise Dropped("nothing is left of it after cleaning")
-        return text, text_id(text)
+        return len(source), source + text, text_id(source + text)
     except UnicodeEncodeError as error:
         raise Broken(f"no text: half a surrogate pair, \\u{ord(error.object[error.start]):04x}, at character {error.start}") from None
 
@@ -139,6 +149,7 @@ def _refined(batch: list[_Row], first: int, steps: Steps, evaluations: Index | r
         "id": [row.id for row in batch],
         "bytes": pa.compute.cast(pa.compute.binary_length(text), pa.int64()),
         "head": [row.head for row in batch],
+        "category": [row.category for row in batch],
         "language": [row.language for row in batch],
         "language_score": pa.array([row.language_score for row in batch], pa.float32()),
         "fate": fate,
@@ -152,7 +163,8 @@ def _refined(batch: list[_Row], first: int, steps: Steps, evaluations: Index | r
         for name, column in zip(judged.column_names, _spread(judged, rows["id"].is_valid()).columns, strict=True):
             rows = rows.append_column(name, column)
     here = pa.array(np.array([kind is None for kind in fate], bool))
-    texts = pa.table([pa.array(np.flatnonzero(here) + first), text.filter(here)], schema=TEXT)
+    sources = pa.array([row.source for row in batch], pa.int32())
+    texts = pa.table([pa.array(np.flatnonzero(here) + first), text.filter(here), sources.filter(here)], schema=TEXT)
     tables = {ROWS: rows, TEXTS: texts, KEYS: _keys(rows["id"], texts["text"], here, steps)}
     return tables if passages is None else {**tables, PASSAGES: passages}
 
@@ -198,6 +210,8 @@ def _judged(rows: list[_Row], quality: Quality | None) -> pa.Table | None:
     signals = measure(texts)
     for row, text, code, score, why in zip(rows, texts, codes, scores, reasons(signals, codes, quality, scores).to_pylist(), strict=True):
         if text != row.text:
+            if text[: row.source] != row.text[: row.source]:
+                row.source = 0  # the rules took something out of it, and where it ends is not known
             row.text, row.id = text, text_id(text)
         row.language, row.language_score = code, float(score)
         if why is not None:

@@ -53,14 +53,14 @@ def shard(part: Part, plan: Plan, work: Path, out: Path) -> Result:
         )
         for name in KEPT
     }
-    for row, texts in kept_texts(work, part.number, kept):
-        flat, lengths = tokenizer.encode_flat(texts)
+    for row, texts, sources in kept_texts(work, part.number, kept):
+        flat, lengths, masked = encoded(tokenizer, texts, sources)
         tokens[row] = lengths
         for name, writer in writers.items():
             here = split[row] == name
             if here.any():
                 mine = flat if here.all() else flat[np.repeat(here, lengths)]
-                writer.extend(mine, lengths[here], ids[row[here]], int(size[row[here]].sum()))
+                writer.extend(mine, lengths[here], ids[row[here]], int(size[row[here]].sum()), masked[here])
     fate = np.array(rows["fate"].to_pylist(), object)
     fate[kept] = split[kept]
     # Of what is dropped an estimate, as the part's other texts have it: for questions of what other rules would keep.
@@ -70,3 +70,17 @@ def shard(part: Part, plan: Plan, work: Path, out: Path) -> Result:
     with written(out / "documents" / f"{part.number:06d}.parquet", rows.schema) as file:
         file.write_table(rows)
     return {"shards": {name: writer.close() for name, writer in writers.items()}, **summary(rows, plan.source_of)}
+
+
+def encoded(tokenizer: Tokenizer, texts: list[str], sources: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`encode_flat`, and how many of each text's first tokens are read only, int64 `[n]`: those of its first `sources` characters, which
+    are encoded by themselves."""
+    if not sources.any():
+        return *tokenizer.encode_flat(texts), np.zeros(len(texts), np.int64)
+    pieces = [piece for text, n in zip(texts, sources, strict=True) for piece in ((text[:n], text[n:]) if n else (text,))]
+    flat, lengths = tokenizer.encode_flat(pieces)
+    first = np.cumsum([0, *(1 + (sources > 0))])[:-1]  # each text's first piece
+    read = first[sources > 0]
+    flat = np.delete(flat, np.cumsum(lengths)[read] - 1)  # no end of text between source and target
+    lengths[read] -= 1
+    return flat, np.add.reduceat(lengths, first), np.where(sources > 0, lengths[first], 0)

@@ -41,10 +41,12 @@ def shown(tokenizer: Tokenizer, record: Mapping[str, Any]) -> list[tuple[str, li
         return [("prompt", _stored_prompt(tokenizer, record)), *_scored(answers, record["scores"])]
     if isinstance(record.get("prompt"), list) and all(isinstance(i, int) for i in record["prompt"]):
         return [(_asked(record.get("answer")), _stored_prompt(tokenizer, record))]
-    text = document(record)
+    source, text = document(record)
     if isinstance(text, str):
-        ids = [*tokenizer.encode(normalise(text)), tokenizer.end_of_text]
-        return [("document", _tokens(tokenizer, ids, [True] * len(ids), "text"))]
+        read = tokenizer.encode(normalise(source)) if source else []
+        ids = [*read, *tokenizer.encode(normalise(text)), tokenizer.end_of_text]
+        mask = [i >= len(read) for i in range(len(ids))]
+        return [("document", _tokens(tokenizer, ids, mask, "text"))]
     messages = conversation(record)
     waiting, answer = messages[-1]["role"] != "assistant", None
     if waiting:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from data.engine import gathered
 from data.files import write_bytes
 
 Work = Callable[..., tuple[np.ndarray, np.ndarray, int]]
@@ -51,7 +52,7 @@ def shuffle(folder: Path, work: Work, jobs: Sequence[tuple[Any, ...]], ranges: i
     """`work(*job)` for every job, on all cores of all nodes, into `folder`, which every node sees. Needs a connected Ray."""
     folder.mkdir(parents=True, exist_ok=True)
     tasks = [_job.remote(folder, number, work, job, ranges) for number, job in enumerate(jobs)]
-    told = ray.get(tasks)
+    told = gathered(folder.name, tasks)
     return Stage(folder, len(jobs), ranges, sum(rows for rows, _ in told), sum(note for _, note in told))
 
 

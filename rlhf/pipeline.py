@@ -150,6 +150,8 @@ def outside_inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
         if recipe.tokenizer.encoding == "model":
             names = [n for n in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja") if (model / n).exists()]
             found["data"] |= {f"model.init/{n}": artefacts.digest(model / n) for n in names}
+    for run in data.earlier:
+        found["data"][f"data.earlier/{run}"] = artefacts.digest(Path(run).expanduser() / "data" / "pretrain" / "train" / "manifest.json")
     if data.exclude is not None:
         found["data"]["data.exclude"] = artefacts.digest(Path(data.exclude).expanduser())
     if recipe.tokenizer.extend is not None:

@@ -225,6 +225,9 @@ def _missing_files(values: dict[str, Any]) -> list[Problem]:
         directory = _section(values, *section).get(name)
         if isinstance(directory, str) and not Path(directory).expanduser().is_dir():
             problems.append(Problem((*section, name), f"is no directory: {directory}"))
+    for i, run in enumerate(runs if isinstance(runs := data.get("earlier"), list) else []):
+        if isinstance(run, str) and not (Path(run).expanduser() / "data" / "pretrain" / "train" / "manifest.json").is_file():
+            problems.append(Problem(("data", "earlier", i), f": no run whose pretraining texts are ready: {run}"))
     exclude = _section(values, "data").get("exclude")
     if isinstance(exclude, str) and not Path(exclude).expanduser().is_file():
         problems.append(Problem(("data", "exclude"), f"is no file: {exclude}"))

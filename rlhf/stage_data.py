@@ -48,6 +48,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction, recipe.data.fields),
             source_of=list(source_of.values()),
             steps=_steps(recipe),
+            earlier=[Path(run).expanduser().absolute() / "data" / "pretrain" for run in recipe.data.earlier],
             part_bytes=recipe.data.part_bytes,
             tokenizer_dir=out / "tokenizer",
             watch=monitor.progress,
@@ -216,7 +217,7 @@ def _report_part(monitor: Monitor, out: Path, part: str) -> dict[str, Any]:
     if manifest["broken"]:
         monitor.say(f"{part}: {manifest['broken']} of {manifest['rows']} rows are broken and left out, see {out / part / 'broken.jsonl'}")
     for reason, count in manifest.items():
-        if reason.startswith("dropped: "):
+        if reason.startswith("dropped: ") and count:
             monitor.say(f"{part}: {count} of {manifest['rows']} left out, {reason.removeprefix('dropped: ')}")
     monitor.result(f"{part}_broken", manifest["broken"])
     return manifest

@@ -120,13 +120,13 @@ def test_what_is_no_ranking_is_told(record: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("record", "text"),
     [
-        ({"text": "a", "target": "b"}, "a"),
-        ({"source": "a", "target": "b", "category": "c"}, "ab"),
-        ({"source": None, "target": "b", "text": None}, "b"),
-        ({"source": ["a"], "target": "b"}, None),
-        ({"source": "a"}, None),
-        ({}, None),
+        ({"text": "a", "target": "b"}, ("", "a")),
+        ({"source": "a", "target": "b", "category": "c"}, ("a", "b")),
+        ({"source": None, "target": "b", "text": None}, ("", "b")),
+        ({"source": ["a"], "target": "b"}, ("", None)),
+        ({"source": "a"}, ("", None)),
+        ({}, ("", None)),
     ],
 )
-def test_documents(record: dict[str, Any], text: str | None) -> None:
+def test_documents(record: dict[str, Any], text: tuple[str, str | None]) -> None:
     assert document(record) == text

@@ -22,8 +22,8 @@ from data.cleaning import Cleaning
 from data.formats import conversation, question, ranking
 from data.parts import plan_parts, records
 from data.pii import KINDS
-from data.pipeline import clean
 from data.reading import Broken, Dropped
+from data.refine import clean
 
 FILES = 2000
 ALL = Cleaning(html=False, repair=True, control=True, boilerplate=True, pii=KINDS, drop_missing=True)
@@ -167,8 +167,8 @@ def fates(path: Path, part_bytes: int) -> tuple[Counter[str], list[readers.Recor
                 counts["dropped"] += 1
                 continue
             try:
-                made = clean(record.value or {}, ALL)
-                made["text"].encode()
+                _, text, _ = clean(record.value or {}, ALL)
+                text.encode()
                 counts["kept"] += 1
             except Dropped:
                 counts["dropped"] += 1

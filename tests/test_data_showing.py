@@ -47,7 +47,8 @@ def test_rows_of_all_kinds() -> None:
     ((title, _),) = shown(TRAINED, {"prompt": "1 + 1?", "answer": 2})
     assert title == "prompt; the right answer is 2"
     ((title, tokens),) = shown(TRAINED, {"source": "\u4f60", "target": "\u597d"})
-    assert (title, [token.text for token in tokens]) == ("document", ["\u4f60", "\u597d", "<|endoftext|>"])  # not their bytes
+    assert title == "document"
+    assert [(token.text, token.learned) for token in tokens] == [("\u4f60", False), ("\u597d", True), ("<|endoftext|>", True)]  # not bytes
 
 
 def test_what_the_data_stage_wrote_looks_the_same(tmp_path: Path) -> None:
