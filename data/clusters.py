@@ -36,7 +36,7 @@ import xxhash
 from data import minhash
 from data.errors import DataError
 from data.files import write_bytes, write_json
-from data.shuffle import Stage, changes, distinct, of_range, shuffle
+from data.shuffle import Stage, changes, distinct, of_range, results, shuffle
 
 FORMAT = "roundhouse duplicates 1"
 LEAST = 0.77
@@ -137,7 +137,7 @@ def _drop(
 ) -> dict[str, Any]:
     """Survey the parts, find what repeats what, name it. Files are kept when the same question was answered before, and work half done is
     gone on with."""
-    counts = ray.get([_survey.remote(path) for path in (*against, *parts)])
+    counts = results([_survey.remote(path) for path in (*against, *parts)], "survey")
     manifest = {"format": FORMAT, "kind": kind, **options, "against": len(against), "parts": len(parts)}
     asked = xxhash.xxh3_128(json.dumps([manifest, counts, _finished(without) if without else None]).encode()).hexdigest()
     if (done := _finished(out)) and done["asked"] == asked:
@@ -159,7 +159,8 @@ def _drop(
     )
     repeated = find(corpus, work)
     named = shuffle(work / "named", _named, [(corpus, repeated, job) for job in range(corpus.jobs)], corpus.jobs)
-    of_parts = ray.get([_write.remote(corpus, named, job, out) for job in range(corpus.jobs) if corpus.first[job] >= corpus.earlier])
+    ours = [job for job in range(corpus.jobs) if corpus.first[job] >= corpus.earlier]
+    of_parts = results([_write.remote(corpus, named, job, out) for job in ours], "write")
     manifest |= {"documents": corpus.rows, "dropped": sum(of_parts), "clusters": named.note, "asked": asked}
     write_json(out / "manifest.json", manifest)
     shutil.rmtree(work)

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import ray
 
+from data.errors import DataError
 from data.files import write_bytes
 
 Work = Callable[..., tuple[np.ndarray, np.ndarray, int]]
 """A job's arguments -> its rows, uint64 `[n, columns]`; the range of each, int64 `[n]`; and a number for whoever waits for it."""
 
 
+STALLED_S = 1800  # a task takes seconds to a few minutes
 HEAD = 3  # int64 before a file's range ends: rows, columns, note
 
 
@@ -50,9 +52,19 @@ class Stage:
 def shuffle(folder: Path, work: Work, jobs: Sequence[tuple[Any, ...]], ranges: int) -> Stage:
     """`work(*job)` for every job, on all cores of all nodes, into `folder`, which every node sees. Needs a connected Ray."""
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [_job.remote(folder, number, work, job, ranges) for number, job in enumerate(jobs)]
-    told = ray.get(tasks)
+    told = results([_job.remote(folder, number, work, job, ranges) for number, job in enumerate(jobs)], folder.name)
     return Stage(folder, len(jobs), ranges, sum(rows for rows, _ in told), sum(note for _, note in told))
+
+
+def results(tasks: Sequence[ray.ObjectRef], what: str) -> list[Any]:
+    """What all tasks return, in order. Raises what the first that fails raises, and DataError when for STALLED_S none ends."""
+    left = list(tasks)
+    while left:
+        done, left = ray.wait(left, num_returns=min(len(left), 100), timeout=STALLED_S)
+        if not done:
+            raise DataError(f"comparing documents, step {what}: none of {len(left)} tasks ended within {STALLED_S} s; see `ray status`")
+        ray.get(done)
+    return ray.get(list(tasks))
 
 
 def distinct(rows: np.ndarray) -> np.ndarray:
