@@ -5,8 +5,8 @@
 
 Truth is the Jaccard similarity of two texts' sets of 5-grams, of words in "real text" (speeches, code, manual pages: real_text.py), of
 characters in "poems": of all pairs that are similar at all, which datasketch finds for us with more and narrower bands. The peer prepares
-its texts in plain Python, as FineWeb does. A pair is ours when data/clusters.py would link it: a key in common, and sketches that are
-similar by LEAST. It is the peer's when it shares a key (14 bands of 8, as ours) and its estimate is .8 or more. Recall: which part of the
+its texts in plain Python, as FineWeb does. A pair is ours when data/pairs.py would link it: a key in common, and similar
+by .8 for sure or by its texts. It is the peer's when it shares a key (14 bands of 8, as ours) and its estimate is .8 or more. Recall: which part of the
 pairs of similarity .8 or more is found. Precision: which part of what is found is similar by .8 or more. "documents": the same for those
 that would be dropped, all but the first of each set of linked ones. Seconds are CPU time of one core: texts to keys and sketches;
 datasketch's to its index."""
@@ -29,10 +29,9 @@ from benchmarks import ROOT
 from data import minhash
 from data.catalog import resolve
 from data.cleaning import normalise, text_id
-from data.clusters import LEAST
+from data.pairs import DOUBTFUL, SIMILAR, SURE
 
 PEER = ROOT / ".venv-data-peers" / "bin" / "python"
-SIMILAR = 0.8
 Pairs = set[tuple[int, int]]
 
 
@@ -58,7 +57,16 @@ def our_pairs(texts: list[str], characters: bool) -> tuple[Pairs, float]:
         order = np.argsort(band, kind="stable")
         for group in np.split(order, np.flatnonzero(np.diff(band[order])) + 1):
             found |= set(combinations(group.tolist(), 2))
-    return {pair for pair in found if minhash.similarity(sketches[pair[0]], sketches[pair[1]]) >= LEAST}, seconds
+    sets = minhash.sets(texts, which)
+
+    def alike(one: int, other: int) -> bool:
+        estimate = minhash.similarity(sketches[one], sketches[other])
+        if not DOUBTFUL <= estimate < SURE:
+            return bool(estimate >= SURE)
+        both = len(np.intersect1d(sets[one], sets[other], assume_unique=True))
+        return both >= SIMILAR * (len(sets[one]) + len(sets[other]) - both)
+
+    return {pair for pair in found if alike(*pair)}, seconds
 
 
 def dropped(pairs: Pairs) -> set[int]:
