@@ -5,11 +5,12 @@
 
 Truth is the Jaccard similarity of two texts' sets of 5-grams, of words in "real text" (speeches, code, manual pages: real_text.py), of
 characters in "poems": of all pairs that are similar at all, which datasketch finds for us with more and narrower bands. The peer prepares
-its texts in plain Python, as FineWeb does. A pair is ours when data/pairs.py would link it: a key in common, and similar
-by .8 for sure or by its texts. It is the peer's when it shares a key (14 bands of 8, as ours) and its estimate is .8 or more. Recall: which part of the
-pairs of similarity .8 or more is found. Precision: which part of what is found is similar by .8 or more. "documents": the same for those
-that would be dropped, all but the first of each set of linked ones. Seconds are CPU time of one core: texts to keys and sketches;
-datasketch's to its index."""
+its texts in plain Python, as FineWeb does. A pair is ours when data/pairs.py would link it: a key in common, and similar by .8 for sure or
+by its texts. It is the peer's when it shares a key (14 bands of 8, as ours) and its estimate is .8 or more. Recall: which part of the pairs
+of similarity .8 or more is found. Precision: which part of what is found is similar by .8 or more. "documents": the same for those that
+would be dropped, all but the first of each set of linked ones. Seconds are CPU time of one core: texts to keys and sketches; datasketch's
+to its index.
+"""
 
 import argparse
 import json

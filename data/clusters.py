@@ -6,8 +6,8 @@
 
 Of documents that are equal, or linked by pairs of near-duplicates, the first in input order stays, and the others name it. A row of a part
 whose id (or keys) is null takes no part. `against` are parts of an earlier corpus, that is its index: they come before all others, nothing
-is dropped from them, and what is dropped in their favour is marked `earlier`; exactly those new documents go that one run over both would
-drop.
+is dropped from them, and what is dropped in their favour is marked `earlier`. Those new documents go that one run over both would drop,
+but for pairs of an old and a new document that only their texts could decide.
 
     similar pairs (data/pairs.py) -> connected components -> names -> one file per part
 
