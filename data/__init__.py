@@ -27,11 +27,12 @@ The refinery of pretraining text (pipeline.py is the order of its steps):
     examples.py     conversations, preferences and prompts -> parquet of token ids           (for the stages after pretraining)
 
     tokenizers.py   trained, named (encodings.py, ranks.py) or a model's own, fast where gigatoken agrees (fast_tokens.py), grown by new
-                    pieces (vocabulary.py); saved for transformers and vLLM (tokenizer_json.py)
+                    pieces (vocabulary.py); saved for transformers and vLLM (tokenizer_json.py);
+                    spelling.py tells which vocabulary fits a corpus
     chat.py         messages -> ids and the mask of what to learn; templates.py renders them, showing.py shows them to people
     shards.py       token shards: written here, read through memory maps;  megatron.py exports them
     order.py        which sample comes when: arithmetic, not state
-    mixture.py      which source comes when, where sources are mixed by weight: arithmetic too
+    mixture.py      which source comes when, where sources are mixed by weight, moving weights or buckets: arithmetic too
     packing.py      samples -> micro-batches without padding, shared evenly among workers
 
     errors.py       DataError: the message says what, where and what to do

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +57,25 @@ _ALTERNATIVES = ("computers", "emotion")
 """In these topics, what follows a question are several answers to it; in the others, speakers take turns."""
 
 
-def _chatterbot(wheel: Path) -> Rows:
+def _chatterbot(wheel: Path, language: str = "english") -> Rows:
     import yaml
 
-    conversations: dict[tuple[str, ...], None] = {}  # a set that keeps its order: tech_support repeats itself ten times over
+    conversations: dict[tuple[str, ...], str] = {}  # with their file's name; each once: tech_support repeats itself ten times over
     with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(n for n in archive.namelist() if n.startswith("chatterbot_corpus/data/english/")):
+        for name in sorted(n for n in archive.namelist() if n.startswith(f"chatterbot_corpus/data/{language}/")):
             for said in yaml.safe_load(archive.read(name))["conversations"]:
                 if min(map(len, said)) < 2:  # one entry of trivia is a sentence spelled out letter by letter
                     continue
                 turns = [(said[0], answer) for answer in said[1:]] if Path(name).stem in _ALTERNATIVES else [tuple(said)]
-                conversations |= dict.fromkeys(turn[: len(turn) // 2 * 2] for turn in turns)
+                for turn in turns:
+                    conversations.setdefault(turn[: len(turn) // 2 * 2], Path(name).stem)
     roles = ("user", "assistant")
     return {
         "chat": [{"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]} for said in conversations],
-        "text": [{"text": "\n".join(said)} for said in conversations],
+        "text": [
+            {"text": "\n".join(said)} | ({"category": category} if language != "english" else {})
+            for said, category in conversations.items()
+        ],
     }
 
 
@@ -111,6 +116,9 @@ def _drawn(task: str) -> Dataset:
     return Dataset(task, "Apache-2.0", about, ("text", "chat", "prompts"), wheel, convert, options=options)
 
 
+_CHATTERBOT = Package(
+    "chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", ("--only-binary=:all:",)
+)
 CATALOG: dict[str, Dataset] = {
     d.name: d
     for d in (
@@ -127,11 +135,17 @@ CATALOG: dict[str, Dataset] = {
             "BSD-3-Clause",
             "English questions and answers about computers, trivia, feelings and small talk, each once",
             ("chat", "text"),
-            Package(
-                "chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", ("--only-binary=:all:",)
-            ),
+            _CHATTERBOT,
             _chatterbot,
             version=2,
+        ),
+        Dataset(
+            "chatterbot-chinese",
+            "BSD-3-Clause",
+            "the same in Chinese, fewer; the category of a text is its topic",
+            ("chat", "text"),
+            _CHATTERBOT,
+            partial(_chatterbot, language="chinese"),
         ),
         Dataset(
             "rated-snippets",

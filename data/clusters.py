@@ -33,10 +33,11 @@ import ray
 import xxhash
 
 from data import minhash
+from data.engine import gathered
 from data.errors import DataError
 from data.files import write_bytes, write_json
 from data.pairs import similar_pairs
-from data.shuffle import DROPPED, RECORDS, SPREAD, Corpus, Stage, changes, distinct, dropped_rows, matrix, of_range, results, shuffle
+from data.shuffle import DROPPED, RECORDS, SPREAD, Corpus, Stage, changes, distinct, dropped_rows, matrix, of_range, shuffle
 
 __all__ = ["connected", "dropped_rows", "exact_duplicates", "near_duplicates"]
 
@@ -96,7 +97,7 @@ def _drop(
 ) -> dict[str, Any]:
     """Survey the parts, find what repeats what, name it. Files are kept when the same question was answered before, and work half done is
     gone on with."""
-    counts = results([_survey.remote(path) for path in (*against, *parts)], "survey")
+    counts = gathered("survey of documents", [_survey.remote(path) for path in (*against, *parts)])
     manifest = {"format": FORMAT, "kind": kind, **options, "against": len(against), "parts": len(parts)}
     asked = xxhash.xxh3_128(json.dumps([manifest, counts, _finished(without) if without else None]).encode()).hexdigest()
     if (done := _finished(out)) and done["asked"] == asked:
@@ -118,8 +119,8 @@ def _drop(
     )
     repeated = find(corpus, work)
     named = shuffle(work / "named", _named, [(corpus, repeated, job) for job in range(corpus.jobs)], corpus.jobs)
-    ours = [job for job in range(corpus.jobs) if corpus.first[job] >= corpus.earlier]
-    of_parts = results([_write.remote(corpus, named, job, out) for job in ours], "write")
+    jobs = [job for job in range(corpus.jobs) if corpus.first[job] >= corpus.earlier]
+    of_parts = gathered("names of duplicates", [_write.remote(corpus, named, job, out) for job in jobs])
     manifest |= {"documents": corpus.rows, "dropped": sum(of_parts), "clusters": named.note, "asked": asked}
     write_json(out / "manifest.json", manifest)
     shutil.rmtree(work)

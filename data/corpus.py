@@ -65,7 +65,7 @@ def declare(out: Path, about: About, results: Sequence[Result]) -> dict[str, Any
     write_json(out / "manifest.json", manifest)
     for split in KEPT:
         names = [entry["name"] for entry in splits[split]["shards"]]
-        _only(out / split, {"manifest.json", *(f"{name}.{suffix}" for name in names for suffix in ("bin", "idx"))})
+        _only(out / split, {"manifest.json", *(f"{name}.{suffix}" for name in names for suffix in ("bin", "idx", "mask"))})
     _only(out / "documents", {f"{number:06d}.{suffix}" for number in range(len(results)) for suffix in ("parquet", "json")})
     return manifest
 

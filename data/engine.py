@@ -117,7 +117,7 @@ def _run(
 
     def drive() -> None:  # in a thread of its own, since Ray Data's iterators wait without end
         try:
-            with ordered():
+            with ordered(False):
                 blocks = ray.data.from_arrow([pa.table({"part": pa.array([number], pa.int64())}) for number in todo])
                 done = blocks.map_batches(task, batch_format="pyarrow", batch_size=None)
                 for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -191,6 +191,16 @@ class Meter:
         left = round(self.left * seconds / max(self.bytes, 1))
         rows = f", {self.rows / seconds:,.0f} rows/s" if self.rows else ""
         return f"{self.what} {self.bytes / seconds / 1e6:.1f} MB/s{rows}, {left // 60}:{left % 60:02d} left"
+
+
+def gathered(what: str, tasks: Sequence[ray.ObjectRef]) -> list[Any]:
+    """What plain Ray tasks return, in order. Raises DataError when they are not done within DEADLINE_S."""
+    try:
+        return list(ray.get(list(tasks), timeout=DEADLINE_S))
+    except ray.exceptions.GetTimeoutError:
+        raise DataError(
+            f"{what}: {len(tasks)} tasks were not done within {DEADLINE_S:g} s; `ray stack` on a node shows where they stand"
+        ) from None
 
 
 @lru_cache(maxsize=4)

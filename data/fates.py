@@ -29,6 +29,7 @@ ROW = pa.schema(
         ("id", pa.binary(16)),  # null where broken
         ("bytes", pa.int64()),  # of the cleaned text in UTF-8
         ("head", pa.string()),
+        ("category", pa.string()),  # as its row says; null where it says none
         ("language", pa.string()),
         ("language_score", pa.float32()),
         ("fate", pa.string()),  # null until it is known
@@ -51,7 +52,10 @@ def documents(out: Path) -> ds.Dataset:
 
 def tally(rows: pa.Table) -> Tally:
     """Counts of one part's final table, as JSON values."""
-    fates = rows.select(["fate", "reason", "bytes", "tokens"]).group_by(["fate", "reason"], use_threads=False)
+    # What is broken is told with its place; here the kind of fault counts.
+    kind = pc.replace_substring_regex(pc.replace_substring_regex(rows["reason"], "[:;].*", ""), "[0-9][0-9,]*", "N")
+    reason = pc.if_else(pc.equal(pc.fill_null(rows["fate"], ""), BROKEN), kind, rows["reason"])
+    fates = rows.select(["fate", "bytes", "tokens"]).append_column("reason", reason).group_by(["fate", "reason"], use_threads=False)
     counted = fates.aggregate([([], "count_all"), ("bytes", "sum"), ("tokens", "sum")]).to_pylist()
     kept = pc.is_in(rows["fate"], pa.array(KEPT)).to_numpy()
     size = np.maximum(rows["bytes"].to_numpy(), 1)

@@ -20,10 +20,8 @@ import numpy as np
 from data.files import write_bytes
 from data.shards import TokenShards
 
-TYPES: dict[int, tuple[int, np.dtype[Any]]] = {
-    2: (8, np.dtype("<u2")),
-    4: (4, np.dtype("<i4")),
-}  # by bytes of our tokens; Megatron has no uint32, and no id needs it
+# By bytes of our tokens; Megatron has no uint32, and no id needs it.
+TYPES: dict[int, tuple[int, np.dtype[Any]]] = {2: (8, np.dtype("<u2")), 4: (4, np.dtype("<i4"))}
 PIECE = 8 << 20  # tokens in memory
 
 

@@ -28,9 +28,10 @@ Check = Callable[[bytes], bool]
 
 def _public(address: bytes) -> bool:
     try:
-        return ipaddress.ip_address(address.decode()).is_global
+        found = ipaddress.ip_address(address.decode())
     except ValueError:
         return False
+    return found.is_global and not found.is_multicast
 
 
 def _is_identity(number: bytes) -> bool:

@@ -16,6 +16,7 @@ that was killed goes on with the parts that were not done (engine.py). What beca
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
@@ -43,7 +45,7 @@ from data.refine import NOBODY, Steps, refine
 from data.sharding import Plan, shard
 from data.stores import File
 from data.tokenizers import Tokenizer, train
-from data.vocabulary import Growth
+from data.vocabulary import Growth, batches
 from data.work import KEYS, PASSAGES, TEXTS, compared_rows, kept_texts, path_of, read_rows
 
 FORMAT = "roundhouse corpus 2"  # raise it when parts that are done under an earlier version must not be taken over
@@ -185,8 +187,10 @@ def _validation_limit(files: Sequence[File], rows: int, work: Path, read: Sequen
             low, high = (int(left.min()), int(left.max())) if len(left) else NOBODY
         lowest, highest = min(lowest, low), max(highest, high)
     if lowest >= highest:
+        reasons = sum((Counter(result["dropped"]) for result in read), Counter[str]()).most_common(3)
+        why = "; dropped were " + ", ".join(f"{count} ({reason})" for reason, count in reasons) if reasons else ""
         raise DataError(
-            f"{', '.join(map(str, files))}: {rows} rows hold {int(highest >= 0)} different documents; one to train on and "
+            f"{', '.join(map(str, files))}: {rows} rows hold {int(highest >= 0)} different documents{why}; one to train on and "
             "one to validate on are needed at least. A .txt file is one document, each line of a .jsonl file is one"
         )
     return min(max(int(fraction * 2**64), lowest + 1), highest)
@@ -204,20 +208,33 @@ def _learned(wanted: Growth | int, work: Path, parts: int, limit: int, more_text
     kept = work / "tokenizer" / _digest(*key, limit)
     if (kept / "tokenizer.json").exists():
         return tokenizers.load(kept)
-    texts = chain(_training_texts(work, parts, limit), more_texts)
-    learned = train(texts, wanted) if isinstance(wanted, int) else wanted.learned(texts)
+    first = _first_share(work, parts, limit)
+    of_parts = [partial(_training_texts, work, number, first) for number in range(parts)]
+    if isinstance(wanted, int):
+        learned: Tokenizer = train(chain(chain.from_iterable(texts() for texts in of_parts), more_texts), wanted)
+    else:
+        learned = wanted.learned([*of_parts, *batches(more_texts)])
     learned.save(kept)
     return learned
 
 
-def _training_texts(work: Path, parts: int, limit: int) -> Iterator[str]:
+def _first_share(work: Path, parts: int, limit: int) -> int:
+    """The share from which on training texts are learned from: all, or as many as make VOCABULARY_BYTES, evenly from everywhere."""
     size = 0
     for number in range(parts):
-        table = compared_rows(work, number, ["id", "fate", "of"])
-        chosen = pc.is_null(table["fate"]).to_numpy()
-        chosen[chosen] = shares(id_array(table["id"].filter(pc.is_null(table["fate"])))) >= limit
-        for _, texts, _ in kept_texts(work, number, chosen):
-            yield from texts
-            size += sum(map(len, texts))
-            if size > VOCABULARY_BYTES:
-                return
+        table = compared_rows(work, number, ["id", "bytes", "fate", "of"])
+        size += int(table["bytes"].to_numpy()[_from(table, limit)].sum())
+    return limit + int((2**64 - limit) * max(0.0, 1 - VOCABULARY_BYTES / max(size, 1)))
+
+
+def _training_texts(work: Path, number: int, first: int) -> Iterator[str]:
+    """Those of a part, from share `first` on."""
+    for _, texts, _ in kept_texts(work, number, _from(compared_rows(work, number, ["id", "fate", "of"]), first)):
+        yield from texts
+
+
+def _from(rows: pa.Table, share: int) -> np.ndarray:
+    """Which rows nothing has dropped and have this share or a higher one: bool `[rows]`."""
+    chosen = pc.is_null(rows["fate"]).to_numpy()
+    chosen[chosen] = shares(id_array(rows["id"].filter(pc.is_null(rows["fate"])))) >= share
+    return chosen

@@ -264,8 +264,12 @@ def _row_group(number: int, file: Any, group: int, at: int, about: Any) -> Itera
     done = 0
     try:
         for batch in file.iter_batches(batch_size=max(1, min(4096, BATCH // max(size, 1))), row_groups=[group]):
+            limit = ROW_LIMIT if batch.nbytes > ROW_LIMIT else None
             for value in batch.to_pylist():
-                yield Record(number, at + done, size, value)
+                if limit and sum(len(x) for x in value.values() if isinstance(x, str | bytes)) > limit:
+                    yield Record(number, at + done, size, None, f"a row of more than {limit:,} bytes, which is the most")
+                else:
+                    yield Record(number, at + done, size, value)
                 done += 1
     except (*DAMAGE, OSError, MemoryError, ValueError) as error:
         lost = about.num_rows - done

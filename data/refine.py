@@ -6,6 +6,7 @@ A part goes through in batches of a few MB, so a worker's memory depends on neit
 bytes whenever it is called again.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from data.work import KEYS, PASSAGES, ROWS, TEXTS, path_of, written
 
 BATCH = 4 << 20  # bytes of input that go through the steps together: few calls, and little memory
 BATCH_ROWS = 8192
+COMMONEST = 20  # reasons that a part's result tells; its rows tell all
 NOBODY = (2**64, -1)  # lowest and highest share of no document
 TEXT = pa.schema([("row", pa.int64()), ("text", pa.large_string()), ("source", pa.int32())])
 
@@ -53,6 +55,7 @@ class Steps:
 def refine(part: Part, steps: Steps, work: Path, evaluations: Index | ray.ObjectRef | None = None) -> Result:
     """Write a part's rows, texts and keys, and count. `evaluations`: a `decontamination.Index`; what holds a passage of it is dropped."""
     counts = {"rows": 0, "broken": 0}
+    dropped: Counter[str] = Counter()
     lowest, highest = NOBODY
     with ExitStack() as stack:
         files: dict[str, Any] = {}
@@ -64,10 +67,11 @@ def refine(part: Part, steps: Steps, work: Path, evaluations: Index | ray.Object
                 files[what].write_table(table)
             counts["rows"] += len(batch)
             counts["broken"] += sum(row.fate == BROKEN for row in batch)
+            dropped.update(f"{row.fate}: {row.reason}" if row.reason else row.fate for row in batch if row.fate not in (None, BROKEN))
             share = shares(id_array(tables[KEYS]["id"].drop_null()))
             if len(share):
                 lowest, highest = min(lowest, int(share.min())), max(highest, int(share.max()))
-    return {**counts, "lowest": lowest, "highest": highest}
+    return {**counts, "dropped": dict(dropped.most_common(COMMONEST)), "lowest": lowest, "highest": highest}
 
 
 @dataclass
@@ -81,6 +85,7 @@ class _Row:
     head: str = ""
     fate: str | None = None
     reason: str | None = None
+    category: str | None = None
     language: str | None = None
     language_score: float | None = None
 
@@ -98,6 +103,8 @@ def _batches(part: Part, steps: Steps) -> Iterator[list[_Row]]:
             try:
                 row.source, row.text, row.id = clean(record.value, steps.cleaning)
                 row.head = " ".join(row.text[:HEAD].split())
+                category = record.value.get("category")
+                row.category = category if isinstance(category, str) and category else None
             except Broken as error:
                 row.fate, row.reason, row.head = BROKEN, str(error), head_of(record.value).decode(errors="backslashreplace")
             except Dropped as error:
@@ -142,6 +149,7 @@ def _refined(batch: list[_Row], first: int, steps: Steps, evaluations: Index | r
         "id": [row.id for row in batch],
         "bytes": pa.compute.cast(pa.compute.binary_length(text), pa.int64()),
         "head": [row.head for row in batch],
+        "category": [row.category for row in batch],
         "language": [row.language for row in batch],
         "language_score": pa.array([row.language_score for row in batch], pa.float32()),
         "fate": fate,

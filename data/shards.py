@@ -145,7 +145,8 @@ def rewritten(folder: Path, entry: dict[str, Any], ids: np.ndarray) -> dict[str,
     """A shard without the documents of these `ids` (`V16` `[n]`): the manifest's new entry, None when nothing is left, the old one when it
     holds none of them. The new files have another name, so that the manifest's old word holds until there is a new one."""
     index = np.fromfile(folder / f"{entry['name']}.idx", INDEX)
-    stays = np.array([one.tobytes() not in {i.tobytes() for i in ids} for one in index["id"]])
+    gone = set(ids.tolist())
+    stays = np.array([one not in gone for one in index["id"].tolist()])
     if stays.all():
         return entry
     if not stays.any():

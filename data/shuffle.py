@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from data.errors import DataError
+from data.engine import gathered
 from data.files import write_bytes
 
 Work = Callable[..., tuple[np.ndarray, np.ndarray, int]]
@@ -27,7 +27,6 @@ Work = Callable[..., tuple[np.ndarray, np.ndarray, int]]
 
 RECORDS = 1 << 23  # rows of one range: 128 MB of pairs of numbers, and as much again to sort them
 SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: times it, neighbouring documents are in different ranges
-STALLED_S = 1800  # a task takes seconds to a few minutes
 HEAD = 3  # int64 before a file's range ends: rows, columns, note
 
 
@@ -81,19 +80,9 @@ class Stage:
 def shuffle(folder: Path, work: Work, jobs: Sequence[tuple[Any, ...]], ranges: int) -> Stage:
     """`work(*job)` for every job, on all cores of all nodes, into `folder`, which every node sees. Needs a connected Ray."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = results([_job.remote(folder, number, work, job, ranges) for number, job in enumerate(jobs)], folder.name)
+    tasks = [_job.remote(folder, number, work, job, ranges) for number, job in enumerate(jobs)]
+    told = gathered(folder.name, tasks)
     return Stage(folder, len(jobs), ranges, sum(rows for rows, _ in told), sum(note for _, note in told))
-
-
-def results(tasks: Sequence[ray.ObjectRef], what: str) -> list[Any]:
-    """What all tasks return, in order. Raises what the first that fails raises, and DataError when for STALLED_S none ends."""
-    left = list(tasks)
-    while left:
-        done, left = ray.wait(left, num_returns=min(len(left), 100), timeout=STALLED_S)
-        if not done:
-            raise DataError(f"comparing documents, step {what}: none of {len(left)} tasks ended within {STALLED_S} s; see `ray status`")
-        ray.get(done)
-    return ray.get(list(tasks))
 
 
 def distinct(rows: np.ndarray) -> np.ndarray:

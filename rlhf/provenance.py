@@ -60,7 +60,7 @@ def spans(recipe: Recipe, folder: Path, shards: TokenShards, step: int) -> list[
     config = recipe.pretrain
     plan = curriculum.of(config, recipe.seed, folder)
     if plan is not None:
-        return [plan.span(unit) for unit in plan.ids(step)]
+        return [span for unit in plan.ids(step) for span in plan.spans(unit)]
     length = config.sequence_length
     units = batch_indices(recipe.seed, step, config.global_batch, shards.windows(length), shards.manifest_hash)
     return [(int(unit) * length, (int(unit) + 1) * length) for unit in units]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field, model_validator
 
 from rlhf.recipe_base import Section, Source, key
 from rlhf.recipe_quality import Quality
@@ -122,3 +122,39 @@ class Tokenizer(Section):
         ge=0,
     )
     vocab_size: int = key(4096, "Size of a trained vocabulary, special tokens included.", unit="tokens", ge=300)
+
+
+class Phase(Section):
+    steps: int = key(..., "Optimizer steps of this phase.", unit="steps", ge=1)
+    weights: dict[Source, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = key(
+        None,
+        "Share of the tokens by source, named as in data.pretrain (or by category, `pretrain.mix_by`); shares count relative to each "
+        "other, sources without one are left out. Default: all, by their size.",
+        min_length=1,
+    )
+    weights_to: dict[Source, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = key(
+        None, "The shares when the phase ends, if they are to move on a line from `weights` to these.", min_length=1
+    )
+    bins: int | None = key(
+        None,
+        "Instead of weights: every source is cut into so many bins, a bucket is one bin of each, and buckets are trained on in turn.",
+        unit="bins",
+        ge=1,
+        source="https://github.com/hpcaitech/ColossalAI (Colossal-LLaMA-2)",
+    )
+    sequence_length: int | None = key(None, "Tokens of one window in this phase. Default: pretrain.sequence_length.", unit="tokens", ge=16)
+    max_epochs: float | None = key(
+        None,
+        "Training does not start when this phase would show a source more often; up to 4 passes are nearly as good as new text.",
+        unit="epochs",
+        gt=0,
+        source="arXiv:2305.16264",
+    )
+
+    @model_validator(mode="after")
+    def one_way_to_mix(self) -> "Phase":
+        if self.weights is None and self.weights_to is not None:
+            raise ValueError("weights_to needs the weights from which it starts")
+        if self.weights is not None and self.bins is not None:
+            raise ValueError("weights and bins are two ways to mix: buckets take of every source by its size")
+        return self

@@ -217,7 +217,7 @@ def _report_part(monitor: Monitor, out: Path, part: str) -> dict[str, Any]:
     if manifest["broken"]:
         monitor.say(f"{part}: {manifest['broken']} of {manifest['rows']} rows are broken and left out, see {out / part / 'broken.jsonl'}")
     for reason, count in manifest.items():
-        if reason.startswith("dropped: "):
+        if reason.startswith("dropped: ") and count:
             monitor.say(f"{part}: {count} of {manifest['rows']} left out, {reason.removeprefix('dropped: ')}")
     monitor.result(f"{part}_broken", manifest["broken"])
     return manifest

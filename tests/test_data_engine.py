@@ -160,3 +160,14 @@ def test_ten_kills_of_the_driver_leave_the_same_bytes(ray_session: None, tmp_pat
     assert kills >= 3
     assert start(texts, out, cluster).wait(timeout=300) == 0
     assert sums(out) == sums(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ten_times_the_corpus_takes_the_same_memory(tmp_path: Path) -> None:
+    """Of a worker at most; `python -m benchmarks.data_memory` looks at the driver and the object store too."""
+    most = {}
+    for documents in (600, 6000):
+        texts, out = corpus(tmp_path / f"texts-{documents}", documents), tmp_path / f"out-{documents}"
+        assert start(texts, out, 2).wait(timeout=300) == 0
+        most[documents] = json.loads((out / "costs.json").read_bytes())["worker_mb"]
+    assert most[6000] <= 1.2 * most[600]

@@ -13,7 +13,7 @@ import ray
 from test_data_tokenizers import SAMPLE, TRAINED
 
 from data import catalog
-from data.cleaning import in_validation, repeated, text_id, validation_limit
+from data.cleaning import in_validation, text_id, validation_limit
 from data.errors import DataError
 from data.mixture import sources
 from data.pipeline import prepare_text
@@ -21,6 +21,7 @@ from data.refine import Steps
 from data.shards import TokenShards
 from data.tokenizers import Tokenizer
 from data.work import EARLIER
+from rlhf.curriculum import windows
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -215,11 +216,6 @@ def test_both_sides_of_the_split_get_a_document() -> None:
     assert [in_validation(t, 0.3) for t in TEXTS] == (shares < validation_limit(ids, 0.3)).tolist()
 
 
-def test_repeated_marks_all_but_the_first() -> None:
-    ids = np.frombuffer(b"".join(text_id(t) for t in "abcabb"), dtype="V16")
-    assert repeated(ids).tolist() == [False, False, False, True, True, True]
-
-
 def test_the_speeches(cache_dir: Path, tmp_path: Path) -> None:
     """The quickstart's own corpus, whole: 249 documents, about 3 % held out, 4.3 bytes per token."""
     tokenizer = prepare_text(
@@ -232,3 +228,28 @@ def test_the_speeches(cache_dir: Path, tmp_path: Path) -> None:
     validation = TokenShards(tmp_path / "validation")
     tokens = np.concatenate([validation.window(i, 256)[0] for i in range(validation.windows(256))])
     assert tokenizer.byte_lengths[tokens].sum() == pytest.approx(validation.bytes_of_text, rel=0.01)
+
+
+def test_sources_are_read_and_targets_learned(tmp_path: Path) -> None:
+    pairs = [(f"Question {i}: how much is {i} + {i}?", f"It is {2 * i}, as ever.") for i in range(40)]
+    rows: list[object] = [{"source": a, "target": b, "category": "sums"} for a, b in pairs]
+    rows += [{"source": "", "target": TEXTS[0]}, {"source": None, "target": TEXTS[1]}, {"text": TEXTS[2]}]
+    prepare([jsonl(tmp_path / "a.jsonl", rows)], tmp_path / "out", part_bytes=1000)
+    expected = {a + b: (a, b) for a, b in pairs} | {text: ("", text) for text in TEXTS[:3]}
+    found = {}
+    for split in ("train", "validation"):
+        shards = TokenShards(tmp_path / "out" / split)
+        shards.verify()
+        for start, stop in pairwise([0, *shards.ends.tolist()]):
+            tokens, learned = shards.span(start, stop)[0], shards.learned(start, stop)
+            assert tokens[-1] == TRAINED.end_of_text
+            assert learned[-1]
+            assert TRAINED.end_of_text not in tokens[:-1]
+            tokens, learned = tokens[:-1], learned[:-1]
+            found[TRAINED.decode(tokens.tolist())] = tuple(TRAINED.decode(tokens[here].tolist()) for here in (~learned, learned))
+    assert found == expected
+    plain = [{"text": a + b} for a, b in pairs]
+    prepare([jsonl(tmp_path / "b.jsonl", plain)], tmp_path / "plain")
+    assert not list((tmp_path / "plain").rglob("*.mask"))
+    unit = windows(TokenShards(tmp_path / "out/train"), 64).get(1)
+    assert unit[0].weights.tolist() == TokenShards(tmp_path / "out/train").learned(64, 128).astype(np.float32).tolist()

@@ -128,6 +128,10 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert [bool(record.value) for record in found] == [True, False, True, False, True, True]
         assert found[1].broken == "a row of 5,012 bytes; 1,000 is the most"
         assert found[1].head == b'{"text": "' + b"x" * (readers.HEAD - 10)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(as_parquet([{"text": "good"}, {"text": "x" * 1001}, {"text": "good"}]))
+    assert [record.broken for record in all_records([path])] == [None, "a row of more than 1,000 bytes, which is the most", None]
+    path = tmp_path / "a.jsonl"
     long = tmp_path / "long.txt"
     long.write_bytes(b"x" * 1001)
     assert "1,000 bytes, which is the most" in (all_records([long])[0].broken or "")

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,13 +13,13 @@ from hypothesis import strategies as st
 from test_data_tokenizers import SAMPLE, TEXT, TRAINED, exported
 from tokenizers import Tokenizer as HFTokenizer
 
-from data import fast_tokens, tokenizers, vocabulary
+from data import fast_tokens, pipeline, tokenizers, vocabulary
 from data.encodings import SPECIAL_TOKENS
 from data.errors import DataError
 from data.pipeline import prepare_text
 from data.shards import TokenShards
 from data.tokenizers import BytePairTokenizer
-from data.vocabulary import Growth, counted, grown, joins, words
+from data.vocabulary import Growth, batches, counted, grown, joins, words
 
 CHINESE = [
     "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
@@ -147,10 +148,34 @@ def test_what_can_be_joined_ends_and_words_are_borders() -> None:
 def test_words_are_counted_on_ray_and_their_order_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "TASK_CHARACTERS", 5000)
     texts = [*SAMPLE, *CHINESE]
-    found = counted(texts, TRAINED.pattern)
+    found = counted(batches(texts), TRAINED.pattern)
+    assert counted([texts[:3], lambda: iter(texts[3:])], TRAINED.pattern) == found
     assert found == words(texts, TRAINED.pattern)
     assert sum(len(word) * count for word, count in found.items()) == sum(map(len, texts))
-    assert Growth(TRAINED, 40).learned(reversed(texts)).fingerprint == grown(TRAINED, found, 40).fingerprint
+    assert Growth(TRAINED, 40).learned(batches(reversed(texts))).fingerprint == grown(TRAINED, found, 40).fingerprint
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_of_too_much_text_an_even_part_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def learn(texts: Iterable[str], size: int) -> BytePairTokenizer:
+        seen[:] = texts
+        return TRAINED
+
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Text number {i}."}) + "\n" for i in range(1000)))
+    of = {"validation_fraction": 0.2, "max_broken_fraction": 0, "shard_tokens": 2000}
+    monkeypatch.setattr(pipeline, "train", learn)
+    prepare_text([path], 600, tmp_path / "all", more_texts=["more"], **of)
+    everything = [*seen]
+    monkeypatch.setattr(pipeline, "VOCABULARY_BYTES", 17 * 200)
+    prepare_text([path], 600, tmp_path / "some", more_texts=["more"], **of)
+    assert len(everything) == TokenShards(tmp_path / "all/train").documents + 1
+    assert 150 < len(seen) < 250
+    assert set(seen) <= set(everything)
+    places = [everything.index(text) / len(everything) for text in seen]
+    assert abs(np.mean(places) - 0.5) < 0.08
 
 
 @pytest.mark.usefixtures("ray_session")
