@@ -1,9 +1,10 @@
-"""The fast way to tokenize: gigatoken (extra `fast-tokens`), ten to twenty times tiktoken, with the same ids or not at all.
+"""The fast way to tokenize: gigatoken (extra `fast-tokens`), with tiktoken's ids or not at all.
 
     fast = of(tokenizer, texts)                         # None where it is not installed, does not know the pattern, or disagrees
     ids = fast.encode("some text")                      # uint32 [t], as tokenizer.encode, or None: ask tiktoken
 
-It is young, so it has to prove itself in every process: on NASTY and on the first of the texts it shall encode its ids
+English and code run at 90 to 150 MB/s on a core, where tiktoken does 7 to 15; Chinese at 7 to 14, for it remembers words, and a run of
+ideographs is seldom seen twice. It is young, so it has to prove itself in every process: on NASTY and on the first of the texts it shall encode its ids
 must be tiktoken's. Where they are not, a warning says on which text, and tiktoken does the work.
 
 Its Unicode is one version newer than tiktoken's: letters of 2025 are none to tiktoken, which cuts words elsewhere. So what
