@@ -165,7 +165,7 @@ CATALOG: dict[str, Dataset] = {
         Dataset(
             "chinese-poetry",
             "MIT; the poems are in the public domain",
-            "388,331 Chinese poems, Tang to Qing, 75 MB; books share some, 381,534 are different",
+            "388,331 classical Chinese poems, 75 MB; the books share some, 381,534 are different",
             ("text",),
             Package("chinese-poetry", "2.0.1", "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86", (), client="npm"),
             _poems,

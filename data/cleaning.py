@@ -151,12 +151,3 @@ def validation_limit(ids: np.ndarray, fraction: float) -> int:
 def in_validation(text: str, fraction: float) -> bool:
     """The same rule for one text alone."""
     return int(shares(np.frombuffer(text_id(text), dtype="V16"))[0]) < int(fraction * 2**64)
-
-
-def repeated(ids: np.ndarray) -> np.ndarray:
-    """bool `[n]`: True for ids (`V16` `[n]`) that stood earlier in the array."""
-    halves = np.ascontiguousarray(ids).view(np.dtype([("high", "<u8"), ("low", "<u8")]))  # raw bytes cannot be sorted, numbers can
-    _, first = np.unique(halves, return_index=True)
-    again = np.ones(len(ids), dtype=bool)
-    again[first] = False
-    return again

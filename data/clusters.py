@@ -280,7 +280,7 @@ def _confirmed(keys, places, sketches, equal):  # type: ignore[no-untyped-def]
             for k in range(sketches.shape[1]):
                 same += sketches[i, k] == sketches[leaders[j], k]
             if same >= equal:
-                found[pairs] = places[i], places[leaders[j]]
+                found[pairs, 0], found[pairs, 1] = places[i], places[leaders[j]]
                 pairs += 1
                 before, mine = mine, label[j]
                 for other in range(count):

@@ -223,7 +223,13 @@ def _find(hashes, ends, sizes, known, owner, seen, shift):  # type: ignore[no-un
                 bit = grams[i] >> shift
                 if not (seen[bit >> np.uint64(3)] >> np.uint8(bit & np.uint64(7))) & 1:
                     continue
-                at = np.searchsorted(known, grams[i])
+                at, end = 0, len(known)
+                while at < end:
+                    middle = (at + end) // 2
+                    if known[middle] < grams[i]:
+                        at = middle + 1
+                    else:
+                        end = middle
                 if at == len(known) or known[at] != grams[i]:
                     continue
                 if before == i - 1 and found[count - 1, 1] == owner[at]:

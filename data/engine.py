@@ -117,7 +117,7 @@ def _run(
 
     def drive() -> None:  # in a thread of its own, since Ray Data's iterators wait without end
         try:
-            with ordered():
+            with ordered(False):
                 blocks = ray.data.from_arrow([pa.table({"part": pa.array([number], pa.int64())}) for number in todo])
                 done = blocks.map_batches(task, batch_format="pyarrow", batch_size=None)
                 for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

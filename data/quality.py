@@ -96,12 +96,12 @@ def count(files: Iterable[Path | str], quality: Quality) -> dict[str, tuple[int,
     about, do not count. Raises DataError when the files hold no signals.
     """
     source = ds.dataset([str(file) for file in files], format="parquet")
-    columns = ["language", "language_score", "tokens", *needed(quality)]
+    columns = ["language", "language_score", "tokens", *sorted({"characters", *needed(quality)})]
     missing = [name for name in columns if name not in source.schema.names]
     if missing:
         raise DataError(f"{next(iter(source.files), 'no file')} holds no {missing[0]}: the corpus was prepared without data.quality")
     totals: dict[str, list[int]] = {"kept": [0, 0]}
-    for batch in source.to_batches(columns=[*columns, "characters"], filter=ds.field("characters").is_valid(), batch_size=1 << 17):
+    for batch in source.to_batches(columns=columns, filter=ds.field("characters").is_valid(), batch_size=1 << 17):
         why = reasons(batch, batch["language"], quality, batch["language_score"].to_numpy(zero_copy_only=False))
         dropped = pa.table({"why": why.fill_null("kept"), "tokens": batch["tokens"]}).group_by("why")
         for row in dropped.aggregate([("tokens", "count"), ("tokens", "sum")]).to_pylist():

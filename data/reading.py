@@ -50,11 +50,11 @@ class Dropped(Exception):
 
 
 @contextmanager
-def ordered() -> Iterator[None]:
-    """Ray Data yields blocks in input order within this context, and reports nothing but warnings."""
+def ordered(order: bool = True) -> Iterator[None]:
+    """Ray Data yields blocks in input order within this context (or as they get done), and reports nothing but warnings."""
     context, logger = DataContext.get_current(), logging.getLogger("ray.data")
     before = context.execution_options.preserve_order, context.enable_progress_bars, logger.level
-    context.execution_options.preserve_order, context.enable_progress_bars = True, False
+    context.execution_options.preserve_order, context.enable_progress_bars = order, False
     logger.setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that bars are off, as we asked
     try:

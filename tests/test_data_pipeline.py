@@ -13,7 +13,7 @@ import ray
 from test_data_tokenizers import SAMPLE, TRAINED
 
 from data import catalog
-from data.cleaning import in_validation, repeated, text_id, validation_limit
+from data.cleaning import in_validation, text_id, validation_limit
 from data.errors import DataError
 from data.mixture import sources
 from data.pipeline import prepare_text
@@ -214,11 +214,6 @@ def test_both_sides_of_the_split_get_a_document() -> None:
     assert (shares < validation_limit(ids, 1e-9)).sum() == 1
     assert (shares < validation_limit(ids, 1 - 1e-9)).sum() == len(TEXTS) - 1
     assert [in_validation(t, 0.3) for t in TEXTS] == (shares < validation_limit(ids, 0.3)).tolist()
-
-
-def test_repeated_marks_all_but_the_first() -> None:
-    ids = np.frombuffer(b"".join(text_id(t) for t in "abcabb"), dtype="V16")
-    assert repeated(ids).tolist() == [False, False, False, True, True, True]
 
 
 def test_the_speeches(cache_dir: Path, tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def test_other_thresholds_are_counted_without_reading_a_text(tmp_path: Path) -> 
     assert counted() == {"kept": 2, "gopher@1: min_words": 2}
     assert counted(min_words=20) == {"kept": 3, "gopher@1: min_words": 1}
     assert counted(max_words=60, min_words=11) == {"kept": 3, "gopher@1: max_words": 1}
+    assert sum(documents for documents, _ in count(files, Quality()).values()) == 4  # all rule sets at once
 
 
 def test_rules_are_plain_data() -> None:

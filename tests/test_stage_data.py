@@ -65,7 +65,7 @@ def test_evaluations_and_earlier_runs_are_kept_out_of_every_part(ray_session: No
     }.items():
         with (tmp_path / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-    clean = ["data.validation_fraction=0.2", f"data.decontaminate.against=[{tmp_path}/test.jsonl]"]
+    clean = ["data.validation_fraction=0.2", "ppo.max_prompt_tokens=200", f"data.decontaminate.against=[{tmp_path}/test.jsonl]"]
     first = pipeline.run(recipe_file.load(words, clean), only="data")
     for part in ("pretrain", "sft", "preferences", "prompts"):
         (line,) = (first / "data" / part / "contaminated.jsonl").read_text().splitlines()
