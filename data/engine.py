@@ -141,13 +141,26 @@ def _run(
         if next_one is None:
             return
         if isinstance(next_one, _Failed):
-            raise next_one.error
+            raise _told(next_one.error)
         yield next_one
 
 
 def write_marker(folder: Path, number: int, key: str, result: Result) -> None:
     """Say that a part is whole."""
     write_bytes(folder / f"{number:06d}.json", json.dumps({"key": key, "result": result}).encode())
+
+
+def _told(error: BaseException) -> BaseException:
+    """The DataError that a worker raised, out of what Ray wraps around it; else `error` itself."""
+    pending, seen = [error], set[int]()
+    while pending:
+        one = pending.pop()
+        if type(one) is DataError:
+            return one
+        if id(one) not in seen:
+            seen.add(id(one))
+            pending += [inner for inner in (getattr(one, "cause", None), one.__cause__) if isinstance(inner, BaseException)]
+    return error
 
 
 def read_marker(folder: Path, number: int) -> dict[str, Any] | None:
