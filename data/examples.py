@@ -94,10 +94,8 @@ def prepare_preferences(
 def prepare_prompts(
     files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
 ) -> dict[str, Any]:
-    """Messages that wait for an answer -> columns `prompt` and, if any row has one, `answer`: the right answer, as text, or null.
-
-    Prompts over `max_tokens` are dropped and counted.
-    """
+    """Messages that wait for an answer -> columns `prompt` and `answer`, the text in the row's "answer" or null; those over `max_tokens`
+    are dropped and counted."""
 
     def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, Any]:
         prompt = encode_prompt(tokenizer, messages)
@@ -157,8 +155,6 @@ def _prepare(
         limit = _limit(rows.select_columns(["id", "split"]), validation_fraction)
         if limit is None:
             raise DataError(f"{', '.join(map(str, files))}: nothing to learn from is left, {json.dumps(counts)}")
-        if "answer" in columns.names and not _any_answer(rows):
-            columns = pa.schema([field for field in columns if field.name != "answer"])
         writers = {split: _Writer(out_dir / f"{split}.parquet", columns) for split in SPLITS}
         for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
             batch = batch.filter(pa.compute.is_valid(batch["id"]))
@@ -227,12 +223,6 @@ def _ranking(record: dict[str, Any]) -> tuple[list[str], list[float]]:
     if not numbers or len(scores) != len(texts) or sorted(scores, reverse=True) != scores:
         raise Broken(f"scores {scores} for {len(texts)} answers: one number each is needed, descending; a margin is not negative")
     return texts, [float(x) for x in scores]
-
-
-def _any_answer(rows: ray.data.Dataset) -> bool:
-    """Without answers there is no column for them: files without them keep their bytes, on which the sample order depends."""
-    batches = rows.select_columns(["answer"]).iter_batches(batch_size=None, batch_format="pyarrow")
-    return any(batch["answer"].null_count < len(batch) for batch in batches)
 
 
 class _Writer:
