@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from cluster.connect import connect
 from data.pipeline import prepare_text
 from data.refine import Steps

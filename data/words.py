@@ -67,7 +67,7 @@ def split(texts: Texts) -> Words:
 
 def word_hash(word: str) -> int:
     """The hash that `split` gives to this word."""
-    points = np.frombuffer(bytearray(word.encode("utf-32-le")), dtype=np.uint32)
+    points = np.frombuffer(word.encode("utf-32-le"), dtype=np.uint32)
     return int(_hash(points, 0, len(points)))
 
 
@@ -100,11 +100,16 @@ def _specials() -> tuple[np.ndarray, np.ndarray]:
 
 
 @kernel
+def _hashed(h, point):  # type: ignore[no-untyped-def]
+    h = (h ^ np.uint64(point)) * np.uint64(0x9E3779B97F4A7C15)
+    return h ^ (h >> np.uint64(29))
+
+
+@kernel
 def _hash(points, a, b):  # type: ignore[no-untyped-def]
     h = np.uint64(0)
     for i in range(a, b):
-        h = (h ^ np.uint64(points[i])) * np.uint64(0x9E3779B97F4A7C15)
-        h ^= h >> np.uint64(29)
+        h = _hashed(h, points[i])
     return h | np.uint64(1)
 
 
@@ -357,31 +362,37 @@ def _split(points, offsets, table, keys, pieces):  # type: ignore[no-untyped-def
             elif ended and (i - begin > 1 or (i > begin and points[begin] != 32)):
                 sentences[text] += 1  # more than one space is a word to spaCy, which then begins the next sentence
                 ended = False
-            begin, plain = i, np.uint32(ALPHABETIC)
+            begin, either, both, h = i, np.uint32(0), np.uint32(0xFFFFFFFF), np.uint64(0)
             while i < stop:
                 kind = _is(points, i, table)
                 if kind & SPACE:
                     break
-                plain &= kind
+                either |= kind
+                both &= kind
+                h = _hashed(h, points[i])
                 i += 1
-            cuts[0], parts = i, 1
-            if not plain or _special(points, begin, i, keys) >= 0:
-                if 2 * (i - begin) > len(cuts):
-                    cuts = np.empty(4 * (i - begin), np.int64)
-                parts = _cut(points, begin, i, table, keys, pieces, cuts)
+            if both & ALPHABETIC and (i - begin > MOST_SPECIAL or _find(h | np.uint64(1), keys) < 0):  # most words: one pass is enough
+                hashes[n], lengths[n], kinds[n] = h | np.uint64(1), i - begin, (either & ~shared) | (both & shared)
+                n += 1
+                if fresh or ended:
+                    sentences[text] += 1
+                    fresh, ended = False, False
+                continue
+            if 2 * (i - begin) > len(cuts):
+                cuts = np.empty(4 * (i - begin), np.int64)
+            parts = _cut(points, begin, i, table, keys, pieces, cuts)
             k = 0
             while k < parts:
                 k = _joined(points, begin, cuts, k, parts, table, keys, pieces)
                 end = cuts[k]
                 k += 1
-                either, both = np.uint32(0), np.uint32(0xFFFFFFFF)
+                either, both, h = np.uint32(0), np.uint32(0xFFFFFFFF), np.uint64(0)
                 for j in range(begin, end):
                     kind = _is(points, j, table)
                     either |= kind
                     both &= kind
-                hashes[n] = _hash(points, begin, end)
-                lengths[n] = end - begin
-                kinds[n] = (either & ~shared) | (both & shared)
+                    h = _hashed(h, points[j])
+                hashes[n], lengths[n], kinds[n] = h | np.uint64(1), end - begin, (either & ~shared) | (both & shared)
                 n += 1
                 stops = end - begin == 1 and either & STOP != 0
                 if fresh or (ended and not stops and not both & PUNCTUATION):

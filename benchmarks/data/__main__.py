@@ -16,6 +16,9 @@ nobody's, as the starts of the others' interpreters are not. Worker processes st
 compiled before, as on every machine after its first run.
 """
 
+# This folder has no __init__.py on purpose. Ray shows its workers the folder of the script that runs, for many `benchmarks`, and what they
+# import as `data` must be the data room: a package of that name there would hide it, a folder without __init__.py does not.
+
 import json
 from collections import defaultdict
 from pathlib import Path
