@@ -2,7 +2,8 @@
 data_duplicates.py.
 
 Writes FOLDER/peer.json: pairs with their true Jaccard similarity, its estimate, and whether a key is shared; prints {"seconds",
-"megabytes"}."""
+"megabytes"}.
+"""
 
 import json
 import re

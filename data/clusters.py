@@ -1,32 +1,31 @@
 """Which documents repeat another one: exactly, or nearly. Over files of ids and keys, on Ray, for any number of documents.
 
     exact = exact_duplicates(parts, out / "exact")                           # parts: parquet files in input order with a column `id`
-    near = near_duplicates(parts, out / "near", without=out / "exact")       # and `keys`, `sketch`, as data/minhash.py makes them
+    near = near_duplicates(parts, out / "near", texts=texts, without=out / "exact")    # and `keys`, `sketch` (minhash.columns)
     dropped_rows(out / "near", 0)                                            # of part 0: row, id, kept, earlier, cluster
 
 Of documents that are equal, or linked by pairs of near-duplicates, the first in input order stays, and the others name it. A row of a part
 whose id (or keys) is null takes no part. `against` are parts of an earlier corpus, that is its index: they come before all others, nothing
-is dropped from them, and what is dropped in their favour is marked `earlier`; exactly those new documents go that one run over both would
-drop.
+is dropped from them, and what is dropped in their favour is marked `earlier`. Those new documents go that one run over both would drop,
+but for pairs of an old and a new document that only their texts could decide.
 
-    keys -> buckets of documents that share one -> pairs that the sketches confirm -> connected components -> names -> one file per part
+    similar pairs (data/pairs.py) -> connected components -> names -> one file per part
 
 Every step is a shuffle (data/shuffle.py) over ranges of keys, of documents or of parts, so more nodes make each of them faster, and a
 killed run goes on where it was. Components are found by alternating small stars and large stars (Kiveris et al., SOCC 2014): rounds about
 the logarithm of the longest chain.
 
-What a pair needs: the bands alone propose .56 of the pairs of similarity .7 and .92 of those of .8 (data/minhash.py); `threshold` of the
-sketches' estimate decides. LEAST is below .8 by one standard error, for recall: see benchmarks/data_duplicates.py for what it reaches.
+What a pair needs: a key in common, which .92 of the pairs of similarity .8 have and .56 of those of .7 (data/minhash.py), and that SIMILAR
+of their different n-grams are in both texts. The sketches' estimate settles what is clear; the texts of the pairs in doubt are compared, so
+of what is linked nothing is less similar. Where a text is not there any more, in an earlier corpus, the estimate decides.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,42 +36,14 @@ from data import minhash
 from data.engine import gathered
 from data.errors import DataError
 from data.files import write_bytes, write_json
-from data.shuffle import Stage, changes, distinct, of_range, shuffle
+from data.pairs import similar_pairs
+from data.shuffle import DROPPED, RECORDS, SPREAD, Corpus, Stage, changes, distinct, dropped_rows, matrix, of_range, shuffle
+
+__all__ = ["connected", "dropped_rows", "exact_duplicates", "near_duplicates"]
 
 FORMAT = "roundhouse duplicates 1"
-LEAST = 0.77
 ROWS = 1 << 19  # documents of one job, if a part has no more: 117 MB of keys and their places
-RECORDS = 1 << 23  # rows of one range: 128 MB of pairs of numbers, and as much again to sort them
-CHUNK = 1 << 16  # documents that are compared with the first ones of their bucket together; larger buckets are cut
-LEADERS = 64  # of a bucket that all are compared with: its first 32, then 32 more that are like none of those before
-SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: times it, neighbouring documents are in different ranges
 ROUNDS = 100  # of stars; 2^50 documents in a row take 50
-DROPPED = pa.schema([("row", pa.int64()), ("id", pa.binary(16)), ("kept", pa.binary(16)), ("earlier", pa.bool_()), ("cluster", pa.int64())])
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Parts in input order, the first `earlier` of them another corpus's, and where their rows are in the one numbering."""
-
-    parts: tuple[Path, ...]
-    earlier: int
-    first: tuple[int, ...]
-    """Number of each job's first part, and the number of parts at the end."""
-    rows: int
-
-    @property
-    def jobs(self) -> int:
-        return len(self.first) - 1
-
-    def job_of(self, places: np.ndarray) -> np.ndarray:
-        return np.searchsorted(np.array(self.first[1:]), (places >> np.uint64(32)).astype(np.int64), side="right")
-
-    def read(self, job: int, columns: list[str]) -> tuple[np.ndarray, pa.Table]:
-        """(place of every row, uint64 `[n]`: part << 32 | row of it; those columns)."""
-        numbers = range(self.first[job], self.first[job + 1])
-        tables = [pq.read_table(self.parts[number], columns=columns) for number in numbers]
-        places = [np.uint64(number << 32) + np.arange(len(table), dtype=np.uint64) for number, table in zip(numbers, tables, strict=True)]
-        return np.concatenate(places), pa.concat_tables(tables)
 
 
 def exact_duplicates(parts: Sequence[Path], out: Path, *, against: Sequence[Path] = ()) -> dict[str, Any]:
@@ -88,29 +59,17 @@ def exact_duplicates(parts: Sequence[Path], out: Path, *, against: Sequence[Path
 
 
 def near_duplicates(
-    parts: Sequence[Path], out: Path, *, against: Sequence[Path] = (), without: Path | None = None, threshold: float = LEAST
+    parts: Sequence[Path], out: Path, *, texts: Sequence[Path] = (), against: Sequence[Path] = (), without: Path | None = None
 ) -> dict[str, Any]:
-    """Documents linked to an earlier one by pairs that share a key and whose sketches are similar by `threshold` at least. As
-    `exact_duplicates`; parts also hold `keys` and `sketch` (`minhash.columns`). `without`: an `out` of `exact_duplicates`, whose dropped
-    rows take no part."""
+    """Documents linked to an earlier one by pairs that share a key and are similar by SIMILAR at least. As `exact_duplicates`; parts also
+    hold `keys` and `sketch` (`minhash.columns`). `texts`: a parquet file for each part with columns `row` and `text`; without them the
+    sketches' estimate decides. `without`: an `out` of `exact_duplicates`, whose dropped rows take no part."""
 
     def find(corpus: Corpus, work: Path) -> Stage:
-        ranges = 1 + corpus.rows * minhash.BANDS // RECORDS
-        bands = shuffle(work / "bands", _bands, [(corpus, job, ranges, without) for job in range(corpus.jobs)], ranges)
-        shared = shuffle(work / "shared", _shared, [(corpus, bands, number) for number in range(ranges)], corpus.jobs)
-        ranges = 1 + shared.rows * 16 // RECORDS
-        met = shuffle(work / "met", _met, [(corpus, shared, job, ranges) for job in range(corpus.jobs)], ranges)
-        pairs = shuffle(work / "pairs", _pairs, [(met, number, threshold) for number in range(ranges)], ranges)
-        stars = connected(pairs, work)
+        stars = connected(similar_pairs(corpus, texts, without, work), work)
         return shuffle(work / "repeated", _by_root, [(corpus, stars, number) for number in range(stars.ranges)], corpus.jobs)
 
-    return _drop("near", parts, against, out, {"minhash": minhash.FORMAT, "threshold": threshold}, find, without)
-
-
-def dropped_rows(out: Path, part: int) -> pa.Table:
-    """What is dropped of one part, in order: `row` in its file, `id`, `kept` (id of the document that it repeats), `earlier` (that one is
-    of the corpus that was compared `against`) and `cluster` (how many documents are linked, the kept one included)."""
-    return pq.read_table(out / f"{part:05d}.parquet")
+    return _drop("near", parts, against, out, {"minhash": minhash.FORMAT, "texts": len(texts)}, find, without)
 
 
 def connected(pairs: Stage, work: Path) -> Stage:
@@ -185,20 +144,10 @@ def _survey(path: Path) -> tuple[int, str]:
     return pq.read_metadata(path).num_rows, digest.hexdigest()
 
 
-def _matrix(column: pa.ChunkedArray, dtype: str, width: int) -> np.ndarray:
-    """A column of bytes of one width, without nulls, as `[n, width]`."""
-    return np.frombuffer(b"".join(_bytes(chunk) for chunk in column.chunks), dtype).reshape(-1, width)
-
-
-def _bytes(array: pa.Array) -> bytes:
-    width = array.type.byte_width
-    return bytes(memoryview(array.buffers()[1])[array.offset * width : (array.offset + len(array)) * width])
-
-
 def _ids(corpus: Corpus, job: int, ranges: int) -> tuple[np.ndarray, np.ndarray, int]:
     places, table = corpus.read(job, ["id"])
     there = table["id"].is_valid().to_numpy()
-    ids = _matrix(table["id"].drop_null(), ">u8", 2).astype(np.uint64)
+    ids = matrix(table["id"].drop_null(), ">u8", 2).astype(np.uint64)
     return np.column_stack([ids, places[there]]), of_range(ids[:, 0], ranges), 0
 
 
@@ -210,85 +159,6 @@ def _repeated(corpus: Corpus, ids: Stage, number: int) -> tuple[np.ndarray, np.n
     root = rows[new][np.cumsum(new) - 1, 2]
     found = np.column_stack([root, rows[:, 2]])[~new]
     return found, corpus.job_of(found[:, 0]), 0
-
-
-def _bands(corpus: Corpus, job: int, ranges: int, without: Path | None) -> tuple[np.ndarray, np.ndarray, int]:
-    places, table = corpus.read(job, ["keys"])
-    there = table["keys"].is_valid().to_numpy().copy()
-    if without is not None and corpus.first[job] >= corpus.earlier:
-        for number in range(corpus.first[job], corpus.first[job + 1]):
-            gone = dropped_rows(without, number - corpus.earlier)["row"].to_numpy()
-            there[np.searchsorted(places, np.uint64(number << 32)) + gone] = False
-    keys = _matrix(table["keys"].filter(pa.array(there)), "u8", minhash.BANDS)
-    rows = np.column_stack([keys.reshape(-1), np.repeat(places[there], minhash.BANDS)])
-    return rows, of_range(rows[:, 0], ranges), 0
-
-
-def _shared(corpus: Corpus, bands: Stage, number: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(document, key) of keys that more than one document has, for the job that holds the document's sketch. A bucket of more than CHUNK
-    becomes several, each with the first document in it, so that no task meets a whole one."""
-    rows = bands.read(number)
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]  # documents came in order and stay so
-    starts = np.flatnonzero(changes(rows[:, :1]))
-    sizes = np.diff(np.append(starts, len(rows)))
-    rank = np.arange(len(rows)) - np.repeat(starts, sizes)
-    several = np.repeat(sizes, sizes) > 1
-    chunk = (rank // CHUNK).astype(np.uint64)
-    found = np.column_stack([rows[:, 1], rows[:, 0] ^ chunk << np.uint64(40)])[several]
-    again = rank[several] % CHUNK == 0
-    leaders = np.column_stack([np.repeat(rows[starts, 1], sizes)[several][again], found[again, 1]])
-    found = np.concatenate([found, leaders[rank[several][again] > 0]])
-    return found, corpus.job_of(found[:, 0]), 0
-
-
-def _met(corpus: Corpus, shared: Stage, job: int, ranges: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(key, document, its sketch in 14 numbers), for the range of the key."""
-    wanted = shared.read(job)
-    places, table = corpus.read(job, ["sketch"])
-    which = np.searchsorted(places, wanted[:, 0])
-    needed, position = np.unique(which, return_inverse=True)
-    sketches = _matrix(table["sketch"].take(pa.array(needed)), "u8", minhash.PERMUTATIONS // 8)
-    return np.column_stack([wanted[:, 1], wanted[:, 0], sketches[position]]), of_range(wanted[:, 1], ranges), 0
-
-
-def _pairs(met: Stage, number: int, threshold: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """(later document, earlier one) of pairs that are similar, for the range of the later."""
-    rows = met.read(number)
-    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
-    sketches = np.ascontiguousarray(rows[:, 2:]).view(np.uint8).reshape(len(rows), minhash.PERMUTATIONS)
-    equal = int(np.ceil(minhash.PERMUTATIONS * (threshold * (1 - 1 / 256) + 1 / 256)))
-    found = distinct(_confirmed(np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(rows[:, 1]), sketches, equal))
-    return found, of_range(found[:, 0] * SPREAD, met.ranges), 0
-
-
-@numba.njit(cache=True)
-def _confirmed(keys, places, sketches, equal):  # type: ignore[no-untyped-def]
-    """Pairs that link what is similar among documents with the same key (sorted), that is whose sketches have `equal` bytes in common at
-    least. Of a bucket of up to LEADERS / 2 all are held against all; of a larger one each against LEADERS, so that a million copies cost a
-    million times that. What is linked already is not linked again: fewer than two pairs for a document."""
-    found = np.empty((2 * len(keys), 2), np.uint64)
-    pairs, count = 0, 0
-    leaders, label = np.empty(LEADERS, np.int64), np.empty(LEADERS, np.int64)
-    for i in range(len(keys)):
-        if i == 0 or keys[i] != keys[i - 1]:
-            count = 0
-        mine = i
-        for j in range(count):
-            if label[j] == mine:
-                continue
-            same = 0
-            for k in range(sketches.shape[1]):
-                same += sketches[i, k] == sketches[leaders[j], k]
-            if same >= equal:
-                found[pairs, 0], found[pairs, 1] = places[i], places[leaders[j]]
-                pairs += 1
-                before, mine = mine, label[j]
-                for other in range(count):
-                    label[other] = mine if label[other] == before else label[other]
-        if count < LEADERS // 2 or (mine == i and count < LEADERS):
-            leaders[count], label[count] = i, mine
-            count += 1
-    return found[:pairs]
 
 
 def _groups(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -328,7 +198,7 @@ def _named(corpus: Corpus, repeated: Stage, job: int) -> tuple[np.ndarray, np.nd
     rows = repeated.read(job)
     places, table = corpus.read(job, ["id"])
     roots, position, sizes = np.unique(rows[:, 0], return_inverse=True, return_counts=True)
-    ids = _matrix(table["id"].take(pa.array(np.searchsorted(places, roots))), ">u8", 2).astype(np.uint64)
+    ids = matrix(table["id"].take(pa.array(np.searchsorted(places, roots))), ">u8", 2).astype(np.uint64)
     found = np.column_stack([rows[:, 1], rows[:, 0], ids[position], (sizes + 1).astype(np.uint64)[position]])
     return found, corpus.job_of(rows[:, 1]), len(roots)
 

@@ -23,7 +23,7 @@ from data.engine import Result, read_marker, write_marker
 from data.errors import DataError
 from data.fates import BROKEN, DUPLICATE, KEPT, REMOVED, UNUSABLE
 from data.files import write_json
-from data.shards import rewritten, write_manifest
+from data.shards import files_of, rewritten, write_manifest
 from data.work import with_column, written
 
 COUNTED = ("documents", "tokens", "bytes_of_text")
@@ -64,8 +64,7 @@ def declare(out: Path, about: About, results: Sequence[Result]) -> dict[str, Any
     }
     write_json(out / "manifest.json", manifest)
     for split in KEPT:
-        names = [entry["name"] for entry in splits[split]["shards"]]
-        _only(out / split, {"manifest.json", *(f"{name}.{suffix}" for name in names for suffix in ("bin", "idx", "mask"))})
+        _only(out / split, {"manifest.json", *(name for entry in splits[split]["shards"] for name in files_of(entry))})
     _only(out / "documents", {f"{number:06d}.{suffix}" for number in range(len(results)) for suffix in ("parquet", "json")})
     return manifest
 

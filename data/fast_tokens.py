@@ -1,13 +1,14 @@
-"""The fast way to tokenize: gigatoken (extra `fast-tokens`), ten to twenty times tiktoken, with the same ids or not at all.
+"""The fast way to tokenize: gigatoken (extra `fast-tokens`), with tiktoken's ids or not at all.
 
     fast = of(tokenizer, texts)                         # None where it is not installed, does not know the pattern, or disagrees
     ids = fast.encode("some text")                      # uint32 [t], as tokenizer.encode, or None: ask tiktoken
 
 It is young, so it has to prove itself in every process: on NASTY and on the first of the texts it shall encode its ids
-must be tiktoken's. Where they are not, a warning says on which text, and tiktoken does the work.
+must be tiktoken's. Where they are not, a warning says on which text, and tiktoken does the work. English and code run at 90 to 150 MB/s on
+a core, where tiktoken does 7 to 15; Chinese poems at 7 to 14, for it remembers words, and a run of ideographs is seldom seen twice.
 
-Its Unicode is one version newer than tiktoken's: letters of 2025 are none to tiktoken, which cuts words elsewhere. So what
-Python's own table, which is older than both, does not know goes to tiktoken (`tests/test_data_fast_tokens.py` tries every character).
+Its Unicode is one version newer than tiktoken's: letters of 2025 are none to tiktoken, which cuts words elsewhere. So what Python's own
+table, which is older than both, does not know goes to tiktoken (`tests/test_data_fast_tokens.py` tries all characters but most ideographs).
 """
 
 import logging
@@ -43,6 +44,7 @@ NASTY = (
     "def f(x):\n    return x**2  # comment\n\n\n\tif a!=b and c<=d: print('%s' % \"q\")\r\n\r\n//***--->{}[]();;==!!??..…「」",
     "https://example.org/a?b=c&d=%20e#f user@example.org /usr/lib64/x.so.6 CamelCaseWordsXMLHttp snake_case_words ALLCAPS",
     "a" * 300 + " " * 300 + "A" * 70 + "\n" * 50 + "=" * 130 + "中" * 90 + "'" * 9 + "\t" * 33 + "0" * 100,
+    "123\U00010947's \u088f's",  # letters of Unicode 17: should Python's table know them one day, this tells
     "word  two   three    \n   four \n\n five\t\tsix \r seven\n",
 )
 

@@ -77,6 +77,14 @@ def signatures(texts: Sequence[str] | pa.Array, character_ngrams: np.ndarray) ->
     return found
 
 
+def sets(texts: Sequence[str] | pa.Array, character_ngrams: np.ndarray) -> list[np.ndarray]:
+    """The different n-grams of each text by hash, ascending uint64 `[n-grams]`: what the signatures are drawn from."""
+    data, ends = utf8(texts)
+    of = words(data, ends, np.ascontiguousarray(character_ngrams, dtype=bool))
+    room = np.empty(len(of.hashes) + 1, np.uint64)
+    return [np.unique(room[: ngrams(of.hashes[a:b], NGRAM, room)]) for a, b in zip(np.append(0, of.ends)[:-1], of.ends, strict=True)]
+
+
 def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Estimated Jaccard similarity of texts by their sketches, uint8 `[..., 112]`: equal bytes, less the 1 in 256 that are so by chance."""
     return np.maximum(0, ((one == other).mean(axis=-1) - 1 / 256) / (1 - 1 / 256))

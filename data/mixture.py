@@ -274,9 +274,14 @@ def ramped(parts: tuple[int, ...], to: tuple[int, ...], length: int) -> np.ndarr
             k -= 1
         return k
 
+    begins = [first_above(source, 0) - 1 for source in range(len(parts))]  # first place of each source's next window
+
     def window(source: int, j: int) -> tuple[int, int, int]:
         """(its first place, place after its last, source)"""
-        return first_above(source, (j - 1) * whole) - 1, first_above(source, j * whole - 1), source
+        begin, stop = begins[source], first_above(source, j * whole - 1)
+        passes = stop * linear[source] + stop**2 * square[source] > j * whole
+        begins[source] = (stop if passes else first_above(source, j * whole)) - 1
+        return begin, stop, source
 
     order = np.empty(length, np.int32)
     later = [window(source, 1) for source in range(len(parts)) if parts[source] or to[source]]

@@ -46,7 +46,7 @@ from data.sharding import Plan, shard
 from data.stores import File
 from data.tokenizers import Tokenizer, train
 from data.vocabulary import Growth, batches
-from data.work import KEYS, PASSAGES, compared_rows, kept_texts, path_of, read_rows
+from data.work import KEYS, PASSAGES, TEXTS, compared_rows, kept_texts, path_of, read_rows
 
 FORMAT = "roundhouse corpus 2"  # raise it when parts that are done under an earlier version must not be taken over
 PART_BYTES = 8 << 20
@@ -95,7 +95,8 @@ def prepare_text(
     keys = [path_of(work, part.number, KEYS) for part in parts]
     exact_duplicates(keys, work / "exact", against=known)
     if steps.near_duplicates:
-        near_duplicates(keys, work / "near", against=known, without=work / "exact")
+        texts = [path_of(work, part.number, TEXTS) for part in parts]
+        near_duplicates(keys, work / "near", texts=texts, against=known, without=work / "exact")
     limit = _validation_limit(files, rows, work, read, validation_fraction)
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = _learned(tokenizer, work, len(parts), limit, more_texts)

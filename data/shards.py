@@ -141,6 +141,11 @@ def write_manifest(folder: Path, shards: list[dict[str, Any]], vocab_size: int, 
     return manifest
 
 
+def files_of(entry: dict[str, Any]) -> dict[str, str]:
+    """The files of a shard that the manifest tells of, and their sha256."""
+    return {f"{entry['name']}.{kind}": entry[f"{kind}_sha256"] for kind in ("bin", "idx", "mask") if f"{kind}_sha256" in entry}
+
+
 def rewritten(folder: Path, entry: dict[str, Any], ids: np.ndarray) -> dict[str, Any] | None:
     """A shard without the documents of these `ids` (`V16` `[n]`): the manifest's new entry, None when nothing is left, the old one when it
     holds none of them. The new files have another name, so that the manifest's old word holds until there is a new one."""
@@ -272,7 +277,6 @@ class TokenShards:
     def verify(self) -> None:
         """Read every byte and compare with the manifest's sha256; raises DataError naming the first damaged file."""
         for entry in self.manifest["shards"]:
-            for suffix in ("bin", "idx", "mask"):
-                path = self.folder / f"{entry['name']}.{suffix}"
-                if f"{suffix}_sha256" in entry and sha256_of(path) != entry[f"{suffix}_sha256"]:
-                    raise DataError(f"{path}: its sha256 is not the manifest's: the shard is damaged, prepare the data again")
+            for name, expected in files_of(entry).items():
+                if sha256_of(self.folder / name) != expected:
+                    raise DataError(f"{self.folder / name}: its sha256 is not the manifest's: the shard is damaged, prepare the data again")

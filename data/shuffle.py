@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 
 from data.engine import gathered
@@ -23,7 +25,34 @@ Work = Callable[..., tuple[np.ndarray, np.ndarray, int]]
 """A job's arguments -> its rows, uint64 `[n, columns]`; the range of each, int64 `[n]`; and a number for whoever waits for it."""
 
 
+RECORDS = 1 << 23  # rows of one range: 128 MB of pairs of numbers, and as much again to sort them
+SPREAD = np.uint64(0x9E3779B97F4A7C15)  # odd: times it, neighbouring documents are in different ranges
 HEAD = 3  # int64 before a file's range ends: rows, columns, note
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Parts in input order, the first `earlier` of them another corpus's, and where their rows are in the one numbering."""
+
+    parts: tuple[Path, ...]
+    earlier: int
+    first: tuple[int, ...]
+    """Number of each job's first part, and the number of parts at the end."""
+    rows: int
+
+    @property
+    def jobs(self) -> int:
+        return len(self.first) - 1
+
+    def job_of(self, places: np.ndarray) -> np.ndarray:
+        return np.searchsorted(np.array(self.first[1:]), (places >> np.uint64(32)).astype(np.int64), side="right")
+
+    def read(self, job: int, columns: list[str]) -> tuple[np.ndarray, pa.Table]:
+        """(place of every row, uint64 `[n]`: part << 32 | row of it; those columns)."""
+        numbers = range(self.first[job], self.first[job + 1])
+        tables = [pq.read_table(self.parts[number], columns=columns) for number in numbers]
+        places = [np.uint64(number << 32) + np.arange(len(table), dtype=np.uint64) for number, table in zip(numbers, tables, strict=True)]
+        return np.concatenate(places), pa.concat_tables(tables)
 
 
 @dataclass(frozen=True)
@@ -90,3 +119,22 @@ def _job(folder: Path, number: int, work: Work, job: tuple[Any, ...], ranges: in
 
 def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.rows"
+
+
+def matrix(column: pa.ChunkedArray, dtype: str, width: int) -> np.ndarray:
+    """A column of bytes of one width, without nulls, as `[n, width]`."""
+    return np.frombuffer(b"".join(_bytes(chunk) for chunk in column.chunks), dtype).reshape(-1, width)
+
+
+def _bytes(array: pa.Array) -> bytes:
+    width = array.type.byte_width
+    return bytes(memoryview(array.buffers()[1])[array.offset * width : (array.offset + len(array)) * width])
+
+
+DROPPED = pa.schema([("row", pa.int64()), ("id", pa.binary(16)), ("kept", pa.binary(16)), ("earlier", pa.bool_()), ("cluster", pa.int64())])
+
+
+def dropped_rows(out: Path, part: int) -> pa.Table:
+    """What is dropped of one part, in order: `row` in its file, `id`, `kept` (id of the document that it repeats), `earlier` (that one is
+    of the corpus that was compared `against`) and `cluster` (how many documents are linked, the kept one included)."""
+    return pq.read_table(out / f"{part:05d}.parquet")

@@ -77,12 +77,11 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Write what `load`, transformers and vLLM open, tokenizer.json last. The bytes depend on the tokenizer alone."""
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """`encode` for many. One thread: Ray Data runs one such loop per core."""
-        return [self.encode(text) for text in texts]
-
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Documents as they stand in a token stream: uint32 `[t]`, each text's ids and `end_of_text`, and their lengths, int64 `[n]`."""
+        """Documents as they stand in a token stream: uint32 `[t]`, each text's ids and `end_of_text`, and their lengths, int64 `[n]`.
+
+        One thread: Ray runs one such loop per core.
+        """
         return self._flat([np.array(self.encode(text), np.uint32) for text in texts])
 
     def _flat(self, encoded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

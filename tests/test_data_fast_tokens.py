@@ -58,6 +58,7 @@ def test_all_characters_are_cut_as_tiktoken_cuts_them_or_left_to_it(pattern: str
 
 
 @given(st.lists(TEXT))
+@example(["".join(SPECIAL_TOKENS), "", "half a pair \ud800"])
 def test_documents_stand_as_in_the_stream(texts: list[str]) -> None:
     tokens, lengths = TRAINED.encode_flat(texts)
     assert (tokens.dtype, lengths.dtype) == (np.uint32, np.int64)
