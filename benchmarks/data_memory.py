@@ -1,6 +1,6 @@
 """How much memory preparing a corpus takes, of some text and of ten times as much.
 
-    python -m benchmarks.data_memory --megabytes 8 --json memory.json
+    python -m benchmarks.data_memory --megabytes 6 --json memory.json
 
 Rows are {"work", "ours", "peer", "theirs", "unit", "ratio"}: ours with ten times the corpus, theirs with it once; the ratio is 1 where
 nothing grows. "worker" is the most that one of Ray's workers ever had (its resident set), "driver" that of the process that asks for
@@ -63,7 +63,7 @@ def measure(folder: Path, out: Path, cache_dir: Path, found: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=8)
+    parser.add_argument("--megabytes", type=int, default=6)
     parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/roundhouse").expanduser())
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()

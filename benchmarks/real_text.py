@@ -2,7 +2,7 @@
 
     size = write(folder, cache_dir, megabytes=64)     # folder/0.jsonl ... 7.jsonl, {"text", "source", "name"}; bytes of text
 
-What it is made of is kept in `cache_dir`/real-text, since rendering thousands of manual pages takes a minute.
+What it is made of is kept in `cache_dir`/real-text, since rendering thousands of manual pages takes minutes.
 """
 
 import gzip
@@ -25,8 +25,9 @@ PAGES = Path("/usr/share/man")
 
 def write(folder: Path, cache_dir: Path, megabytes: int) -> int:
     """Write FILES files of about the same size; returns the bytes of text. Raises SystemExit when this machine has too little."""
-    kept = Path(cache_dir) / "real-text" / f"{megabytes}.jsonl"
-    if not kept.exists():
+    known = sorted(int(path.stem) for path in (Path(cache_dir) / "real-text").glob("*.jsonl") if int(path.stem) >= megabytes)
+    kept = Path(cache_dir) / "real-text" / f"{known[0] if known else megabytes}.jsonl"
+    if not known:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(kept, "".join(_rows(cache_dir, megabytes * 1_000_000)).encode())
     folder.mkdir(parents=True)
@@ -34,6 +35,8 @@ def write(folder: Path, cache_dir: Path, megabytes: int) -> int:
     with ExitStack() as stack:
         files = [stack.enter_context(open(folder / f"{i}.jsonl", "w", encoding="utf-8")) for i in range(FILES)]
         for line in stack.enter_context(open(kept, encoding="utf-8")):
+            if total >= megabytes * 1_000_000:
+                break
             least = sizes.index(min(sizes))
             files[least].write(line)
             sizes[least] += len(line)

@@ -17,7 +17,7 @@ The refinery of pretraining text (pipeline.py is the order of its steps):
     signals.py      what quality rules look at, in one pass (words.py, special_words.py, characters.py, kernels.py)
     quality.py      which rule drops a text (rules.py, c4.py);  language.py: which language it is in
     minhash.py      what nearly equal texts share (shingles.py)
-    clusters.py     which documents repeat another one: similar pairs (pairs.py), components, by steps of shuffle.py
+    clusters.py     which documents repeat another one (pairs.py), by steps of shuffle.py
     decontamination.py  passages of evaluations in training texts
     sharding.py     a part's last pass: what is kept becomes tokens and shards
     work.py         the files of a part in between

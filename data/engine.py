@@ -29,7 +29,7 @@ from data.reading import ordered
 
 Result = dict[str, Any]
 DEADLINE_S = 3600.0  # until the next part is done; one of 64 MB takes half a minute
-TRIES = 4  # of a part whose worker dies: Ray's first and its three retries
+TRIES = 4  # of a part whose worker dies
 
 
 class Sized(Protocol):
@@ -69,7 +69,7 @@ def each_part(
     meter = Meter(what, parts, results)
     watch(len(results), len(parts), what)
     shared = ray.put(list(parts))
-    for number, result in _run(todo, _task(work, shared, folder, key), parts, folder, what, deadline_s):
+    for number, result in _run(todo, _task(what, work, shared, folder, key), parts, folder, what, deadline_s):
         results[number] = result
         watch(len(results), len(parts), meter.text(number, result))
     return [results[number] for number in range(len(parts))]
@@ -80,13 +80,18 @@ class _Failed:
     error: BaseException
 
 
-def _task(work: Callable[[Any], Result], shared: ray.ObjectRef, folder: Path, key: str) -> Callable[[pa.Table], pa.Table]:
+def _task(what: str, work: Callable[[Any], Result], shared: ray.ObjectRef, folder: Path, key: str) -> Callable[[pa.Table], pa.Table]:
     def run(block: pa.Table) -> pa.Table:
         numbers = block["part"].to_pylist()
         results = []
         for number in numbers:
             part, tries = fetched(shared)[number], _tries(folder, number)
             with open(tries, "ab") as file:  # stays behind when this process dies
+                if file.tell() >= TRIES:
+                    raise DataError(
+                        f"{what}: the worker died {TRIES} times on {part.name}: out of memory, or a fault of a library on this file; leave "
+                        "it out, or give a worker less at once (data.part_bytes)"
+                    )
                 file.write(b".")
             since = time.process_time()
             try:
@@ -119,7 +124,7 @@ def _run(
         try:
             with ordered(False):
                 blocks = ray.data.from_arrow([pa.table({"part": pa.array([number], pa.int64())}) for number in todo])
-                done = blocks.map_batches(task, batch_format="pyarrow", batch_size=None)
+                done = blocks.map_batches(task, batch_format="pyarrow", batch_size=None, max_retries=TRIES)
                 for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                     for number, result in zip(batch["part"].to_pylist(), batch["result"].to_pylist(), strict=True):
                         found.put((number, json.loads(result)))
@@ -136,19 +141,26 @@ def _run(
         if next_one is None:
             return
         if isinstance(next_one, _Failed):
-            worst = [number for number in todo if (path := _tries(folder, number)).exists() and path.stat().st_size >= TRIES]
-            if worst:
-                raise DataError(
-                    f"{what}: the worker died {TRIES} times on {_in_work(worst, parts, folder)}: out of memory, or a fault of a library on "
-                    "this file; leave it out, or give a worker less at once (data.part_bytes)"
-                ) from next_one.error
-            raise next_one.error
+            raise _told(next_one.error)
         yield next_one
 
 
 def write_marker(folder: Path, number: int, key: str, result: Result) -> None:
     """Say that a part is whole."""
     write_bytes(folder / f"{number:06d}.json", json.dumps({"key": key, "result": result}).encode())
+
+
+def _told(error: BaseException) -> BaseException:
+    """The DataError that a worker raised, out of what Ray wraps around it; else `error` itself."""
+    pending, seen = [error], set[int]()
+    while pending:
+        one = pending.pop()
+        if type(one) is DataError:
+            return one
+        if id(one) not in seen:
+            seen.add(id(one))
+            pending += [inner for inner in (getattr(one, "cause", None), one.__cause__) if isinstance(inner, BaseException)]
+    return error
 
 
 def read_marker(folder: Path, number: int) -> dict[str, Any] | None:

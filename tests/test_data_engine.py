@@ -82,13 +82,15 @@ def test_a_wait_ends_at_its_deadline_and_names_the_part(ray_session: None, tmp_p
 
 
 DRIVER = """
-import sys
+import os, sys
 from pathlib import Path
 import ray
 from cluster.connect import connect
 from data.pipeline import prepare_text
 files, out, where = sorted(Path(sys.argv[1]).glob("*.jsonl")), Path(sys.argv[2]), sys.argv[3]
-with connect("local", num_cpus=int(where)) if where.isdigit() else connect(where):
+if not where.isdigit():
+    ray.init(address=where, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}})
+with connect("local", num_cpus=int(where) if where.isdigit() else None):
     prepare_text(files, 330, out, validation_fraction=0.1, max_broken_fraction=0.1, shard_tokens=20_000, part_bytes=60_000)
 """
 
