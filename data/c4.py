@@ -66,7 +66,7 @@ def _begins(points, i, end, strings, fold):  # type: ignore[no-untyped-def]
 
 @kernel
 def _edit(points, offsets, table, phrases, lorem, notes, min_words, max_characters, punctuation):  # type: ignore[no-untyped-def]
-    out, size = np.empty(len(points), np.uint32), 0
+    out, size, scripts, policies = np.empty(len(points), np.uint32), 0, phrases[:1], phrases[1:]
     out_offsets = np.zeros(len(offsets), np.int64)
     for text in range(len(offsets) - 1):
         at, stop, first = offsets[text], offsets[text + 1], size
@@ -117,9 +117,9 @@ def _edit(points, offsets, table, phrases, lorem, notes, min_words, max_characte
                 curly |= c == 123
                 placeholder |= (c == 108 or c == 76) and _begins(out, i, size, lorem, True) > 0
                 if c == 106 or c == 74:
-                    script |= _begins(out, i, size, phrases[:1], True) > 0
+                    script |= _begins(out, i, size, scripts, True) > 0
                 elif c == 116 or c == 84 or c == 112 or c == 80 or c == 99 or c == 67 or c == 117 or c == 85:
-                    phrase |= _begins(out, i, size, phrases[1:], True) > 0
+                    phrase |= _begins(out, i, size, policies, True) > 0
             if not placeholder and (script or (phrase and not curly)):
                 size = start
         begin = first

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pyarrow as pa
 
 from data.errors import DataError
 from data.files import write_bytes
+from data.kernels import kernel
 from data.minhash import ngrams
 from data.parts import plan_parts, records
 from data.reading import line_numbers
@@ -196,14 +196,14 @@ def _shift(seen: np.ndarray) -> np.uint64:
     return np.uint64(64 - (8 * len(seen) - 1).bit_length())
 
 
-@numba.njit(cache=True)
+@kernel
 def _mark(hashes, seen, shift):  # type: ignore[no-untyped-def]
     for value in hashes:
         bit = value >> shift
         seen[bit >> np.uint64(3)] |= np.uint8(1) << np.uint8(bit & np.uint64(7))
 
 
-@numba.njit(cache=True)
+@kernel
 def _find(hashes, ends, sizes, known, owner, seen, shift):  # type: ignore[no-untyped-def]
     """int64 `[spans, 4]`: text, evaluation text, first and last word of runs of shared n-grams."""
     found = np.empty((64, 4), np.int64)

@@ -40,7 +40,7 @@ def predict(
     sample, total = chosen(files, share)
     size = sum(part.size for part in sample)
     with tempfile.TemporaryDirectory(prefix="roundhouse-plan-") as folder:
-        work = Path(folder)
+        work = Path(folder) / "work"  # what documents are compared by goes beside it
         refine(sample[0], steps, work, evaluations)  # what is compiled and loaded once does not count
         since = time.process_time()
         read = [refine(part, steps, work, evaluations) for part in sample]

@@ -152,7 +152,7 @@ def _prepare(
             raise Broken(f'"split" is {split!r}; it can be "train" or "validation"')
         try:
             messages, made = encode(fetched(reference), record)
-            passages = spans(["\n".join(strings_of(record))], fetched(index)).to_pylist() if found else []
+            passages = spans(list(strings_of(record)), fetched(index)).to_pylist() if found else []
             if passages:
                 return {"contaminated": json.dumps(passages)}
             return {"id": text_id(_question(messages)), "split": split, **made}

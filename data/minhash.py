@@ -16,10 +16,10 @@ only.
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import pyarrow as pa
 
+from data.kernels import kernel
 from data.shingles import Words, mix, utf8, words
 
 FORMAT = "roundhouse minhash 1"
@@ -90,7 +90,7 @@ def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.maximum(0, ((one == other).mean(axis=-1) - 1 / 256) / (1 - 1 / 256))
 
 
-@numba.njit(cache=True)
+@kernel
 def ngrams(hashes, size, out):  # type: ignore[no-untyped-def]
     """Hashes of all n-grams of `size` words into `out`, returns how many; a shorter text is one n-gram, none is none."""
     count = len(hashes)
@@ -109,7 +109,7 @@ def ngrams(hashes, size, out):  # type: ignore[no-untyped-def]
     return count - size + 1
 
 
-@numba.njit(cache=True)
+@kernel
 def _minima(data, ends, hashes, of_text, factors, terms, found):  # type: ignore[no-untyped-def]
     longest, begin = 1, 0
     for end in of_text:
@@ -134,7 +134,7 @@ def _minima(data, ends, hashes, of_text, factors, terms, found):  # type: ignore
         begin, first = of_text[text], ends[text]
 
 
-@numba.njit(cache=True)
+@kernel
 def _keys(found, keys):  # type: ignore[no-untyped-def]
     for text in range(len(found)):
         for band in range(BANDS):

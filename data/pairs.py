@@ -20,12 +20,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data import minhash
+from data.kernels import kernel
 from data.shingles import in_characters
 from data.shuffle import RECORDS, SPREAD, Corpus, Stage, changes, distinct, dropped_rows, matrix, of_range, shuffle
 
@@ -108,7 +108,7 @@ def _pairs(corpus: Corpus, met: Stage, number: int, texts: bool) -> tuple[np.nda
     return found, of_range(found[:, 0] * SPREAD, met.ranges), 0
 
 
-@numba.njit(cache=True)
+@kernel
 def _similar(keys, places, ours, sketches, limits, least):  # type: ignore[no-untyped-def]
     """Rows (later, earlier, 0) that link what is surely similar among documents with the same key (sorted): whose sketches have limits[0]
     bytes in common at least, or `least` where one is not `ours`; and (later, earlier, 1) of pairs with limits[1], of which the texts

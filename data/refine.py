@@ -104,7 +104,8 @@ def _batches(part: Part, steps: Steps) -> Iterator[list[_Row]]:
                 row.source, row.text, row.id = clean(record.value, steps.cleaning)
                 row.head = " ".join(row.text[:HEAD].split())
                 category = record.value.get("category")
-                row.category = category if isinstance(category, str) and category else None
+                if isinstance(category, str) and category:
+                    row.category = category[:HEAD].encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be stored
             except Broken as error:
                 row.fate, row.reason, row.head = BROKEN, str(error), head_of(record.value).decode(errors="backslashreplace")
             except Dropped as error:

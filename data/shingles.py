@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import pyarrow as pa
+
+from data.kernels import kernel
 
 ALONE = np.uint32(1 << 31)
 """Flag in `folding`: this character is a word by itself."""
@@ -88,7 +89,7 @@ def folding() -> np.ndarray:
 _WHITE = frozenset(WHITE)
 
 
-@numba.njit(cache=True)
+@kernel
 def mix(x):  # type: ignore[no-untyped-def]
     """SplitMix64's last step: every bit of a uint64 moves every other (Steele et al., OOPSLA 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -96,7 +97,7 @@ def mix(x):  # type: ignore[no-untyped-def]
     return x ^ (x >> np.uint64(31))
 
 
-@numba.njit(cache=True)
+@kernel
 def character(data, at, table):  # type: ignore[no-untyped-def]
     """(what the character at byte `at` of valid UTF-8 counts as, as in `folding`; its bytes)."""
     first = np.uint32(data[at])
@@ -113,7 +114,7 @@ def character(data, at, table):  # type: ignore[no-untyped-def]
     return (code | ALONE if np.uint32(0x20000) <= code < np.uint32(0x40000) else code), 4
 
 
-@numba.njit(cache=True)
+@kernel
 def _split_all(data, ends, characters, numbers, table, hashes, start, stop, of_text):  # type: ignore[no-untyped-def]
     count, at = 0, 0
     for text in range(len(ends)):
@@ -153,7 +154,7 @@ def _split_all(data, ends, characters, numbers, table, hashes, start, stop, of_t
     return count
 
 
-@numba.njit(cache=True)
+@kernel
 def _mostly_cjk(data, ends, table):  # type: ignore[no-untyped-def]
     found = np.zeros(len(ends), np.bool_)
     at = 0

@@ -77,23 +77,30 @@ def _measure(texts: Sequence[str]) -> dict[str, np.ndarray]:
         "characters": np.diff(run.offsets),
         "words": np.diff(words.offsets),
         "sentences": words.sentences,
-        **dict(zip(_OF_LINES, _lines(run.points, run.offsets, classes()), strict=True)),
-        **dict(zip(_OF_WORDS, _words(words.hashes, words.lengths, words.kinds, words.offsets, stop_words), strict=True)),
+        **dict(zip(_OF_LINES, _lines(run.points, run.offsets, classes()).T, strict=True)),
+        **dict(zip(_OF_WORDS, _words(words.hashes, words.lengths, words.kinds, words.offsets, stop_words).T, strict=True)),
     }
     columns["line_characters"] = columns["characters"] - columns["newlines"]
     return {name: np.minimum(columns[name], 2**31 - 1).astype(np.int32) for name in SIGNALS}
 
 
 _OF_LINES = (
-    "hashes ellipses lines bullet_lines ellipsis_lines longest_line newlines parts duplicate_parts duplicate_part_characters paragraphs "
-    "duplicate_paragraphs duplicate_paragraph_characters filled_lines punctuated_lines short_lines duplicate_line_characters lorem_ipsum "
-    "curly_brackets letters han grams_of_13 repeated_grams_of_13"
+    "hashes ellipses lines bullet_lines ellipsis_lines newlines lorem_ipsum curly_brackets letters han longest_line parts duplicate_parts "
+    "duplicate_part_characters paragraphs duplicate_paragraphs duplicate_paragraph_characters filled_lines punctuated_lines short_lines "
+    "duplicate_line_characters grams_of_13 repeated_grams_of_13"
 ).split()
+(
+    HASHES, ELLIPSES, LINES, BULLET_LINES, ELLIPSIS_LINES, NEWLINES, LOREM_IPSUM, CURLY_BRACKETS, LETTERS, CHINESE, LONGEST_LINE, PARTS,
+    DUPLICATE_PARTS, DUPLICATE_PART_CHARACTERS, PARAGRAPHS, DUPLICATE_PARAGRAPHS, DUPLICATE_PARAGRAPH_CHARACTERS, FILLED_LINES,
+    PUNCTUATED_LINES, SHORT_LINES, DUPLICATE_LINE_CHARACTERS, GRAMS, REPEATED_GRAMS,
+) = range(OF_LINES := len(_OF_LINES))  # fmt: skip
 _OF_WORDS = [
     *"full_words full_word_characters alphabetic_words stop_words".split(),
     *(f"top_{n}_gram_characters" for n in (2, 3, 4)),
     *(f"duplicate_{n}_gram_characters" for n in range(5, 11)),
 ]
+FULL, FULL_CHARACTERS, ALPHABETIC_WORDS, STOP_WORDS_FOUND = range(4)
+OF_WORDS, OF_GRAM = len(_OF_WORDS), 2  # the latter: row of the signal of n words in a row: OF_GRAM + n
 
 _LOREM = np.array([ord(c) for c in "lorem ipsum"], np.uint32)
 
@@ -135,12 +142,9 @@ def _seen(h, keys, size):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _hash(points, a, b):  # type: ignore[no-untyped-def]
-    h = np.uint64(b - a)
-    for i in range(a, b):
-        h = (h ^ np.uint64(points[i])) * np.uint64(0x9E3779B97F4A7C15)
-        h ^= h >> np.uint64(32)
-    return h | np.uint64(1)
+def _hashed(h, point):  # type: ignore[no-untyped-def]
+    h = (h ^ np.uint64(point)) * np.uint64(0x9E3779B97F4A7C15)
+    return h ^ (h >> np.uint64(32))
 
 
 @kernel
@@ -150,117 +154,121 @@ def _is(points, i, table):  # type: ignore[no-untyped-def]
 
 @kernel
 def _lines(points, offsets, table):  # type: ignore[no-untyped-def]
-    """int64 `[_OF_LINES, texts]`"""
-    out = np.zeros((23, len(offsets) - 1), np.int64)
-    keys = np.zeros(16, np.uint64)
+    """int64 `[texts, _OF_LINES]`"""
+    out = np.zeros((len(offsets) - 1, OF_LINES), np.int64)
+    keys = np.zeros(64, np.uint64)
     for text in range(len(offsets) - 1):
-        a, b = offsets[text], offsets[text + 1]
-        dots, first, last, before_last, third_last, length = 0, np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), 0
-        hashes, ellipses, lines, bullets, ending, newlines, curly, letters, han, lorems = 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+        a, b, found = offsets[text], offsets[text + 1], out[text]
+        first, length, dots, trailing = np.uint32(0), 0, 0, 0  # of the line; trailing: dots before its last whitespace
+        letters, han = 0, 0
         for i in range(a, b):
             c, kind = points[i], _is(points, i, table)
-            newlines += c == 10
-            hashes += c == 35
-            curly += c == 123
             letters += kind & (ALPHABETIC | DIGIT) != 0
             han += kind & HAN != 0
+            if c == 35:
+                found[HASHES] += 1
+            elif c == 123:
+                found[CURLY_BRACKETS] += 1
+            elif c == 10:
+                found[NEWLINES] += 1
+            elif c == 0x2026:
+                found[ELLIPSES] += 1
+            elif c == 108 or c == 76:
+                found[LOREM_IPSUM] += _stands(points, i, b, _LOREM)
             dots = dots + 1 if c == 46 else 0
-            ellipses += c == 0x2026
-            if dots == 3:
-                ellipses += 1
-                dots = 0
-            if (c == 108 or c == 76) and i + 11 <= b:
-                same = 0
-                while same < 11 and (points[i + same] == _LOREM[same] or (_LOREM[same] != 32 and points[i + same] == _LOREM[same] - 32)):
-                    same += 1
-                lorems += same == 11
+            found[ELLIPSES] += dots > 0 and dots % 3 == 0
             if kind & LINE:
                 if c != 10 or i == a or points[i - 1] != 13:  # \r\n is one break
-                    lines += 1
-                    bullets += first == 45 or first == 0x2022
-                    ending += last == 0x2026 or (last == 46 and before_last == 46 and third_last == 46)
-                first, last, before_last, third_last, length = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0), 0
-            else:
-                length += 1
-                if not kind & SPACE:
-                    first = first if first else c
-                    third_last, before_last, last = before_last, last, c
-                elif length and i + 1 < b and not _is(points, i + 1, table) & SPACE:
-                    third_last, before_last, last = before_last, last, np.uint32(32)
+                    _end_line(found, first, trailing)
+                first, length, trailing = np.uint32(0), 0, 0
+                continue
+            length += 1
+            if not kind & SPACE:
+                first = first if first else c
+                trailing = 3 if c == 0x2026 else dots
         if length:
-            lines += 1
-            bullets += first == 45 or first == 0x2022
-            ending += last == 0x2026 or (last == 46 and before_last == 46 and third_last == 46)
-        size = _power_of_two(2 * newlines + 4)
+            _end_line(found, first, trailing)
+        found[LETTERS], found[CHINESE] = letters, han
+        size = _power_of_two(2 * found[NEWLINES] + 4)
         if 2 * size > len(keys):
             keys = np.zeros(4 * size, np.uint64)
         keys[: 2 * size] = 0
-        stats = _parts(points, a, b, table, keys[:size], keys[size : 2 * size])
-        counts = (hashes, ellipses, lines, bullets, ending, stats[0], newlines)
-        for k in range(7):
-            out[k, text] = counts[k]
-        for k in range(10):
-            out[7 + k, text] = stats[1 + k]
-        out[17, text], out[18, text], out[19, text], out[20, text] = lorems, curly, letters, han
-        if 10 * han >= 3 * (b - a) and han:
+        _parts(points, a, b, table, keys[:size], keys[size : 2 * size], found)
+        if han and 10 * han >= 3 * (b - a):
             size = _power_of_two(2 * (b - a))
             if size > len(keys):
                 keys = np.zeros(2 * size, np.uint64)
-            out[21, text], out[22, text] = _repeated_grams(points, a, b, table, keys, size)
+            found[GRAMS], found[REPEATED_GRAMS] = _repeated_grams(points, a, b, table, keys, size)
     return out
 
 
 @kernel
-def _parts(points, a, b, table, keys, paragraph_keys):  # type: ignore[no-untyped-def]
-    """Of the lines between newlines: longest | parts, duplicates, their characters | the same of paragraphs | filled, punctuated, short,
-    characters of duplicates."""
+def _end_line(found, first, trailing):  # type: ignore[no-untyped-def]
+    found[LINES] += 1
+    found[BULLET_LINES] += first == 45 or first == 0x2022
+    found[ELLIPSIS_LINES] += trailing >= 3
+
+
+@kernel
+def _stands(points, i, end, small):  # type: ignore[no-untyped-def]
+    """Whether these letters and spaces stand at i, large or small."""
+    same = 0
+    while same < len(small) and i + same < end:
+        if points[i + same] != small[same] and (small[same] == 32 or points[i + same] != small[same] - 32):
+            break
+        same += 1
+    return same == len(small)
+
+
+@kernel
+def _parts(points, a, b, table, keys, paragraph_keys, found):  # type: ignore[no-untyped-def]
+    """What is to say of the lines between newlines, and of paragraphs."""
     size = len(keys)
     begin, stop = a, b  # of the stripped text, which has the paragraphs
     while begin < stop and _is(points, begin, table) & SPACE:
         begin += 1
     while stop > begin and _is(points, stop - 1, table) & SPACE:
         stop -= 1
-    out = np.zeros(11, np.int64)
     if a < b and points[a] == 10:
-        out[1] += 1  # splitting leaves an empty part before a leading newline, and one after a last one
+        found[PARTS] += 1  # splitting leaves an empty part before a leading newline, and one after a last one
     if a < b and points[b - 1] == 10:
-        out[2] += out[1]
-        out[1] += 1
+        found[DUPLICATE_PARTS] += found[PARTS]
+        found[PARTS] += 1
     paragraph, h = -1, np.uint64(0)
     at = a
     while at <= b:
-        end = at
-        blank = True
+        end, blank, line = at, True, np.uint64(0)
         while end < b and points[end] != 10:
             blank &= _is(points, end, table) & SPACE != 0
+            line = _hashed(line, points[end])
             end += 1
         length = end - at
-        line = _hash(points, at, end)
         if length:
-            out[0] = max(out[0], length)
-            out[1] += 1
-            again = _seen(line, keys, size)
+            found[LONGEST_LINE] = max(found[LONGEST_LINE], length)
+            found[PARTS] += 1
+            again = _seen(line | np.uint64(1), keys, size)
             if again:
-                out[2] += 1
-                out[3] += length
+                found[DUPLICATE_PARTS] += 1
+                found[DUPLICATE_PART_CHARACTERS] += length
             if not blank:
-                out[7] += 1
-                out[8] += _is(points, end - 1, table) & STOP != 0
-                out[9] += length <= SHORT_LINE
-                out[10] += length if again else 0
+                found[FILLED_LINES] += 1
+                found[PUNCTUATED_LINES] += _is(points, end - 1, table) & STOP != 0
+                found[SHORT_LINES] += length <= SHORT_LINE
+                found[DUPLICATE_LINE_CHARACTERS] += length if again else 0
             if end > begin and at < stop:
                 if at < begin or end > stop:
-                    line = _hash(points, max(at, begin), min(end, stop))
+                    line = np.uint64(0)
+                    for i in range(max(at, begin), min(end, stop)):
+                        line = _hashed(line, points[i])
                 h = _mix(h, line) if paragraph >= 0 else line
                 paragraph = paragraph if paragraph >= 0 else max(at, begin)
         if paragraph >= 0 and (length == 0 or end >= stop):
-            out[4] += 1
-            if _seen(h, paragraph_keys, size):
-                out[5] += 1
-                out[6] += (min(end, stop) if length else at - 1) - paragraph
+            found[PARAGRAPHS] += 1
+            if _seen(h | np.uint64(1), paragraph_keys, size):
+                found[DUPLICATE_PARAGRAPHS] += 1
+                found[DUPLICATE_PARAGRAPH_CHARACTERS] += (min(end, stop) if length else at - 1) - paragraph
             paragraph = -1
         at = end + 1
-    return out
 
 
 @kernel
@@ -292,8 +300,8 @@ def _repeated_grams(points, a, b, table, keys, size):  # type: ignore[no-untyped
 
 @kernel
 def _words(hashes, lengths, kinds, offsets, stop_words):  # type: ignore[no-untyped-def]
-    """int64 `[_OF_WORDS, texts]`"""
-    out = np.zeros((13, len(offsets) - 1), np.int64)
+    """int64 `[texts, _OF_WORDS]`"""
+    out = np.zeros((len(offsets) - 1, OF_WORDS), np.int64)
     longest = 0
     for text in range(len(offsets) - 1):
         longest = max(longest, offsets[text + 1] - offsets[text])
@@ -301,20 +309,19 @@ def _words(hashes, lengths, kinds, offsets, stop_words):  # type: ignore[no-unty
     keys, counts, firsts, done = np.zeros(size, np.uint64), np.zeros(size, np.int32), np.zeros(size, np.int32), np.zeros(size, np.bool_)
     grams, places, slots = np.zeros(longest, np.uint64), np.zeros(longest, np.int64), np.zeros(longest, np.uint64)
     for text in range(len(offsets) - 1):
-        a, b = offsets[text], offsets[text + 1]
-        found = 0
+        a, b, found, stops = offsets[text], offsets[text + 1], out[text], 0
         for i in range(a, b):
             if not kinds[i] & MARK:
-                out[0, text] += 1
-                out[1, text] += lengths[i]
-            out[2, text] += kinds[i] & ALPHABETIC != 0
+                found[FULL] += 1
+                found[FULL_CHARACTERS] += lengths[i]
+            found[ALPHABETIC_WORDS] += kinds[i] & ALPHABETIC != 0
             if 2 <= lengths[i] <= 4:
                 for k in range(8):
                     if hashes[i] == stop_words[k]:
-                        found |= 1 << k
-        while found:
-            out[3, text] += found & 1
-            found >>= 1
+                        stops |= 1 << k
+        while stops:
+            found[STOP_WORDS_FOUND] += stops & 1
+            stops >>= 1
         # Only where both (n-1)-grams of an n-gram are repeated can it be: after pairs, a few percent of English are left.
         m = b - a
         for i in range(m):
@@ -347,7 +354,7 @@ def _words(hashes, lengths, kinds, offsets, stop_words):  # type: ignore[no-unty
                 characters = n - 1
                 for i in range(a + best_first, a + best_first + n):
                     characters += lengths[i]
-                out[2 + n, text] = characters * best
+                found[OF_GRAM + n] = characters * best
             kept, beyond = 0, 0
             if n > 4:
                 done[:used] = False
@@ -358,7 +365,7 @@ def _words(hashes, lengths, kinds, offsets, stop_words):  # type: ignore[no-unty
                 if n > 4 and i >= beyond:
                     if done[at]:
                         for j in range(a + i, a + i + n):
-                            out[2 + n, text] += lengths[j]
+                            found[OF_GRAM + n] += lengths[j]
                         beyond = i + n
                     done[at] = True
                 places[kept], grams[kept] = i, grams[k]

@@ -96,7 +96,6 @@ def _specials() -> tuple[np.ndarray, np.ndarray]:
 
 
 # --------------------------------------------------------------------------------- kernels
-# All in one file: numba's cache of a kernel does not notice that a kernel of another file has changed.
 
 
 @kernel

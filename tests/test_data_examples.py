@@ -121,8 +121,8 @@ def test_what_an_evaluation_holds_is_left_out_and_listed(tmp_path: Path, prepare
     assert [
         (Path(row["file"]).name, row["line"], Path(row["evaluation"]).name, row["evaluation_line"], row["words"]) for row in listed
     ] == [
-        ("rows.jsonl", 8, "test.jsonl", 2, 13),
-        ("rows.jsonl", 21, "test.jsonl", 2, 19),
+        ("rows.jsonl", 8, "test.jsonl", 2, 14),
+        ("rows.jsonl", 21, "test.jsonl", 2, 20),
     ]
     assert listed[0]["passage"] == "a FARMER has seven fields and sows two of them, with wheat, each year"
     assert listed[1]["overlap"] == 1

@@ -58,3 +58,18 @@ def test_kernels_work_from_a_folder_that_cannot_be_written_to(tmp_path: Path) ->
     }
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout == "['zh']\n", done.stderr
+
+
+def test_a_kernel_is_compiled_anew_when_another_file_changes(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("kernels.py", "errors.py"):
+        shutil.copy(ROOT / "data" / name, tmp_path / "data" / name)
+    (tmp_path / "data" / "use.py").write_text(
+        "from data.kernels import kernel\nfrom data.table import VALUE\n\n@kernel\ndef value():\n    return VALUE\n\nprint(value())\n"
+    )
+    for value in (1, 2, 2):
+        (tmp_path / "data" / "table.py").write_text(f"VALUE = {value}\n")
+        command, env = [sys.executable, "-m", "data.use"], {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert done.stdout == f"{value}\n", done.stderr
+    assert len(list((tmp_path / "data" / "__pycache__").glob("kernels-*/**/*.nbi"))) == 1

@@ -6,13 +6,18 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data import mixture
 from data.errors import DataError
-from data.mixture import Buckets, Mixture, Ramp, Source, sources, whole_parts
+from data.mixture import Buckets, Mixture, Ramp, Source, categories, sources, whole_parts
+from data.parts import plan_parts
+from data.refine import Steps, refine
+from data.work import ROWS, path_of
 
 WHOLE = st.sampled_from([0, 1, 2, 3, 7, 40, 999]) | st.integers(0, 300)
 WEIGHTS = st.lists(WHOLE | st.floats(0.01, 2).map(lambda weight: round(weight, 2)), min_size=1)
@@ -140,3 +145,23 @@ def test_buckets_that_are_too_large_say_how_many_would_do(monkeypatch: pytest.Mo
     Buckets([900, 90], 10)
     with pytest.raises(DataError, match="a bucket of 330 windows is too large to be mixed: bins = 10"):
         Buckets([900, 90], 3)
+
+
+def test_categories_are_what_rows_say(tmp_path: Path) -> None:
+    rows = [{"text": "a b", "category": "verse"}, {"text": "c d"}, {"text": "e", "category": 3}, {"text": "f", "category": "\ud800!"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (part,) = plan_parts([tmp_path / "a.jsonl"], 1 << 20)
+    refine(part, Steps(), tmp_path)
+    assert pq.read_table(path_of(tmp_path, 0, ROWS))["category"].to_pylist() == ["verse", None, None, "\\ud800!"]
+    ends = np.array([3, 10, 14, 20])
+    (tmp_path / "documents").mkdir()
+    kept = pa.table({"category": ["verse", None, "verse", None], "file": pa.array([0, 1, 1, 0], pa.int32()), "fate": ["train"] * 4})
+    pq.write_table(kept, tmp_path / "documents" / "000000.parquet")
+    (tmp_path / "manifest.json").write_text(json.dumps({"sources": [{"source": "a"}, {"source": "b"}], "source_of": [1, 0]}))
+    a, b, verse = categories(tmp_path, "train", ends)
+    assert [(c.name, c.tokens) for c in (a, b, verse)] == [("a", 7), ("b", 6), ("verse", 7)]
+    assert verse.spans(0, 7) == [(0, 3), (10, 14)]
+    assert verse.spans(2, 4) == [(2, 3), (10, 11)]
+    assert verse.spans(3, 5) == [(10, 12)]
+    with pytest.raises(DataError, match="do not belong together"):
+        categories(tmp_path, "train", ends[:3])
