@@ -49,6 +49,7 @@ from data.vocabulary import Growth, batches
 from data.work import KEYS, PASSAGES, TEXTS, compared_rows, kept_texts, path_of, read_rows
 
 FORMAT = "roundhouse corpus 2"  # raise it when parts that are done under an earlier version must not be taken over
+KEY = "key.txt"
 PART_BYTES = 8 << 20
 VOCABULARY_BYTES = 2 << 30  # a vocabulary is learned from at most this much text: 2 GiB take minutes, and more changes little
 
@@ -124,6 +125,7 @@ def prepare_text(
     # Beside the manifest, which must not depend on who worked how fast.
     write_json(out_dir / "costs.json", costs([work / "refined", out_dir / "documents"]))
     declare(out_dir, {**about, "about": ["about", *about], "sources": sources}, made)
+    (work / KEY).unlink()  # first: a kill in the middle must not leave markers of parts whose files are gone
     shutil.rmtree(work)
     return tokenizer
 
@@ -157,7 +159,7 @@ def _begin(out_dir: Path, files: Sequence[File], steps: Steps, part_bytes: int, 
         known,
         [stores.stamp(path) for path in earlier],
     )
-    began = out_dir / "work" / "key.txt"
+    began = out_dir / "work" / KEY
     if not began.exists() or began.read_text() != key:
         for name in ("work", "documents", "index", *KEPT):
             shutil.rmtree(out_dir / name, ignore_errors=True)
