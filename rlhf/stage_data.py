@@ -9,6 +9,7 @@ so a stopped stage keeps the parts that are whole.
 """
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             watch=monitor.progress,
             **limits,
         )
+    shutil.rmtree(out / "pretrain" / "work", ignore_errors=True)  # a kill between the manifest and the end leaves it
     tokenizer = tokenizers.load(out / "tokenizer")
     text = _report_part(monitor, out, "pretrain")
     for split in ("train", "validation"):
