@@ -25,7 +25,7 @@ from rlhf.health import LEAST
 from rlhf.losses import cross_entropy
 from rlhf.models import Batch, LanguageModel, save_model
 from rlhf.recipe import Recipe
-from rlhf.training import WORTH_COMPILING, Task, Units, pays_to_compile, worker
+from rlhf.training import Task, Units, worker
 
 STEPS, BATCH, UNITS = 30, 4, 200
 RECIPE: dict[str, Any] = {
