@@ -28,13 +28,14 @@ def main(work: str, _: str, folder: Path, out: Path, steps: int) -> None:
     from rlhf.recipe import Recipe
 
     prompts, policy, keys = WORKS[work]
-    # One after another with both cores each: side by side with a core each, the critic would wait for the policy, which also has a
-    # vocabulary to learn.
-    share = {"cpus": 0.4, "threads": 2}
-    roles = ["policy", "reference", "reward", *(() if "advantage" in keys else ("critic",))]
-    groups = dict.fromkeys([*roles, "rollout"], share)
+    share = {"cpus": 0.4}
+    # The critic learns beside the policy, a core each; alone, the policy takes both.
+    threads = 2 if keys.get("advantage") == "grpo" else 1
+    groups = {"policy": share | {"threads": threads}, "reference": share, "reward": share, "rollout": share | {"threads": 2}}
+    if "advantage" not in keys:
+        groups["critic"] = share
     length = PROMPTS[prompts][0]
-    ppo = SHARED | keys | {"steps": steps, "max_prompt_tokens": length, "groups": groups, "colocate": [roles]}
+    ppo = SHARED | keys | {"steps": steps, "max_prompt_tokens": length, "groups": groups}
     sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
     recipe = Recipe.model_validate({"name": "benchmark", "data": sources, "model": {"max_positions": 512}, "ppo": ppo})
 

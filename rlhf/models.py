@@ -125,7 +125,7 @@ class ScalarModel(nn.Module):
 def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """The last hidden states of a packed batch, [T, hidden]."""
     out = model.base_model(input_ids=batch.tokens[None], position_ids=batch.positions[None], segments=batch.segments, use_cache=False)
-    return out.last_hidden_state[0]
+    return out.last_hidden_state.squeeze(0)
 
 
 def log_probs(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, temperature: float, entropy: bool = False) -> torch.Tensor:
