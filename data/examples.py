@@ -10,7 +10,8 @@ rows without it are split by the hash of what comes before the first answer, so 
     chat            {"messages"}                       -> tokens, mask (True: the model should learn to write it)
     preferences     {"messages", "chosen", "rejected"} -> prompt, answers (best first, each ends its turn), scores
                     {"messages", "ranked": [best, ..., worst]}   any number of answers from two on
-    prompts         {"messages"}                       -> prompt
+    prompts         {"messages"}                       -> prompt, answer
+                    {"messages", "answer": "42"}       what a reward function may compare with; null where there is none
 """
 
 import hashlib
@@ -38,12 +39,12 @@ from data.tokenizers import Tokenizer
 IDS = pa.list_(pa.int32())
 CHAT = pa.schema([("tokens", IDS), ("mask", pa.list_(pa.bool_()))])
 PREFERENCES = pa.schema([("prompt", IDS), ("answers", pa.list_(IDS)), ("scores", pa.list_(pa.float32()))])
-PROMPTS = pa.schema([("prompt", IDS)])
+PROMPTS = pa.schema([("prompt", IDS), ("answer", pa.string())])
 ROW_GROUP = 8192  # rows; fixed, so that a file's bytes do not depend on how Ray cut the blocks
 SPLITS = ("train", "validation")
 FORMAT = "roundhouse examples 2"
 
-Encode = Callable[[Tokenizer, dict[str, Any], list[Message]], dict[str, list[Any]]]
+Encode = Callable[[Tokenizer, dict[str, Any], list[Message]], dict[str, Any]]
 
 
 def prepare_chat(
@@ -55,7 +56,7 @@ def prepare_chat(
     hold no answer, are dropped and counted.
     """
 
-    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, list[Any]]:
+    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, Any]:
         tokens, mask = encode_chat(tokenizer, messages, max_tokens)
         if not tokens:
             answered = any(m["role"] == "assistant" for m in messages)
@@ -75,7 +76,7 @@ def prepare_preferences(
     without a difference are dropped and counted.
     """
 
-    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, list[Any]]:
+    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, Any]:
         texts, scores = _ranking(record)
         prompt = encode_prompt(tokenizer, messages)
         answers = [encode_answer(tokenizer, text) for text in texts]
@@ -93,13 +94,17 @@ def prepare_preferences(
 def prepare_prompts(
     files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
 ) -> dict[str, Any]:
-    """Messages that wait for an answer -> column `prompt`; those over `max_tokens` are dropped and counted."""
+    """Messages that wait for an answer -> columns `prompt` and `answer`, the text in the row's "answer" or null; those over `max_tokens`
+    are dropped and counted."""
 
-    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, list[Any]]:
+    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, Any]:
         prompt = encode_prompt(tokenizer, messages)
         if len(prompt) > max_tokens:
             raise Dropped(f"prompt longer than {max_tokens} tokens")
-        return {"prompt": prompt}
+        answer = record.get("answer")
+        if not isinstance(answer, str | None):
+            raise Broken(f'"answer" must be a text, this is a {type(answer).__name__}')
+        return {"prompt": prompt, "answer": answer and normalise(answer)}
 
     return _prepare(files, tokenizer, out_dir, encode, PROMPTS, validation_fraction, max_broken_fraction)
 
@@ -283,9 +288,13 @@ class Examples:
         return _lengths(self.table[column])
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Row i by column: ids as int64 `[t]`, `mask` as bool `[t]`, `answers` as a list of ids, `scores` as float32 `[answers]`."""
+        """Row i by column: ids as int64 `[t]`, `mask` as bool `[t]`, `answers` as a list of ids, `scores` as float32 `[answers]`,
+        `answer` as text or None."""
         row: dict[str, Any] = {}
         for field in self.table.schema:
+            if field.type == pa.string():
+                row[field.name] = self.table[field.name][i].as_py()
+                continue
             values = self.table[field.name][i].values
             if field.type == pa.list_(IDS):
                 row[field.name] = [np.asarray(one, np.int64) for one in values.to_pylist()]

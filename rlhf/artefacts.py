@@ -61,7 +61,7 @@ MATTERS: dict[str, tuple[str, ...]] = {
 }
 
 # Keys inside those sections that change where, how safely or how often, but not what comes out.
-# `model.init`, the teachers and `tokenizer.extend` count by the content of their files (see `inputs`), not by their names.
+# `model.init`, the teachers, `tokenizer.extend` and `ppo.reward_function` count by the content of their files (see `inputs`).
 NO_MATTER = {
     "data.cache_dir",
     "model.init",
@@ -78,6 +78,7 @@ NO_MATTER = {
     "ppo.colocate",
     "ppo.log_prob_gap_limit",
     "ppo.preset",  # its values count one by one
+    "ppo.reward_function",
     "ppo.weight_sync",
 }
 
@@ -105,22 +106,28 @@ class Identity:
         return {"stage": self.stage, "hash": self.hash, "recipe": self.recipe, "inputs": self.inputs, "parents": self.parents}
 
 
-def stages_of(align: str) -> tuple[str, ...]:
-    """The stages of a recipe that aligns by `align`, in order."""
-    return tuple(stage for stage in STAGES if stage not in ALIGNING or stage == align)
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """The stages of a recipe, in order."""
+    return _line(recipe.align, recipe.has_reward_model)
 
 
 def stages_in(run_dir: Path) -> tuple[str, ...]:
     """The stages of a run, made or not."""
-    recipe = run_dir / "recipe.yaml"
-    return stages_of(yaml.safe_load(recipe.read_text(encoding="utf-8")).get("align", ALIGNING[0]) if recipe.exists() else ALIGNING[0])
+    path = run_dir / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return _line(recipe.get("align", ALIGNING[0]), (recipe.get("ppo") or {}).get("reward_function") is None)
+
+
+def _line(align: str, has_reward_model: bool) -> tuple[str, ...]:
+    others = {*ALIGNING} - {align} | ({"reward"} if not has_reward_model else set())
+    return tuple(stage for stage in STAGES if stage not in others)
 
 
 def identities(recipe: Recipe, inputs: dict[str, dict[str, str]]) -> dict[str, Identity]:
     """The identity of every stage. `inputs`: stage -> {source: digest}, for stages that read from outside the run."""
     flat = _flat(recipe.model_dump(mode="json"))
     found: dict[str, Identity] = {}
-    for stage in stages_of(recipe.align):
+    for stage in stages_of(recipe):
         matters = {k: v for k, v in flat.items() if _within(k, MATTERS[stage]) and not _within(k, NO_MATTER)}
         found[stage] = Identity(stage, matters, inputs.get(stage, {}), {p: found[p].hash for p in PARENTS[stage] if p in found})
     return found

@@ -93,6 +93,12 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
     ),
     "ppo": (
         Chart("Reward of the rollouts", "reward, mean and spread", (Curve("ppo/reward", band="ppo/reward_sd"),)),
+        Chart(
+            "Reward on held-out prompts",
+            "mean reward",
+            (Curve("ppo/held_out_reward", "aligned"),),
+            (Level("SFT model", "evaluate/sft_reward"),),
+        ),
         Chart("Distance from the SFT model", "KL, nats per response", (Curve("ppo/kl"),)),
         _engine_against_policy("ppo"),
         Chart("Length of the responses", "tokens", (Curve("ppo/response_tokens"),)),

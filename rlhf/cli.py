@@ -85,7 +85,7 @@ def submit(
     from rlhf.artefacts import stages_of
     from rlhf.pipeline import choose
 
-    choose(stages_of(loaded.align), only, start, until)
+    choose(stages_of(loaded), only, start, until)
     command = [jobs.python_for(address), "-m", "rlhf.cli", "run", recipe.absolute().relative_to(here).as_posix(), *overrides]
     if not Path(loaded.runs_dir).expanduser().is_absolute():
         # A job runs in a throw-away copy of this directory: artefacts must not end there, nor start afresh every time.

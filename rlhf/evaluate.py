@@ -1,7 +1,8 @@
 """Stage evaluate: did it work? Held-out text for every stage's model, held-out prompts for the SFT model against the aligned one.
 
 Both models answer the same prompts with the same sampling seeds. The answers are judged by the reward model, which PPO was
-trained to please, and by an independent scorer, which nobody was trained on. A gain that only the first one sees is not one.
+trained to please, and by an independent scorer, which nobody was trained on. A gain that only the first one sees is not one. A reward
+function in the reward model's place knows what is right: then its success rate is the figure.
 """
 
 import gzip
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 
 from cluster.deadlines import wait
-from data.examples import Examples
 from data.packing import pack
 from data.shards import TokenShards
 from data.tokenizers import Tokenizer
@@ -25,9 +25,10 @@ from rlhf.models import Batch
 from rlhf.monitoring import Monitor, read_metrics
 from rlhf.pretrain import bits_per_byte, every_token, token_loss
 from rlhf.recipe import Recipe
-from rlhf.roles import ReferenceWorker, RewardWorker
+from rlhf.roles import ReferenceWorker
 from rlhf.scorers import SCORERS
 from rlhf.sync import refuse_gap, sync_weights
+from rlhf.verifier import held_out, judge, success
 
 
 class JudgedModel(ReferenceWorker):
@@ -51,18 +52,17 @@ class JudgedModel(ReferenceWorker):
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:
     """Start the two models, the reward model and the engines; measure; write `samples.json` for the report."""
     data = inputs["data"].resolve()
-    judged = {"sft": "sft", "reward": "reward", "aligned": recipe.align}
+    judged = {"sft": "sft", "aligned": recipe.align}
     models = {name: inputs[stage].resolve() / "model" for name, stage in judged.items()}
     tokenizer = load_tokenizer(data / "tokenizer")
     shards, length = data / "pretrain" / "validation", recipe.pretrain.sequence_length
-    held_out = Examples(data / "prompts", "validation")
-    prompts = [held_out[i]["prompt"].tolist() for i in range(min(recipe.evaluate.prompts, len(held_out)))]
+    prompts = held_out(data, recipe.evaluate.prompts)
     seconds = recipe.cluster.deadline_s
     roles: dict[str, Role] = {
         "rollout": engines(recipe, models["sft"], tokenizer),
         "reference": (JudgedModel, (recipe, models["sft"])),
         "policy": (JudgedModel, (recipe, models["aligned"])),
-        "reward": (RewardWorker, (recipe, models["reward"])),
+        "reward": judge(recipe, inputs),
     }
     with open_graph(recipe, roles) as graph:
         loading = {name: ref for role in ("reference", "policy", "reward") for name, ref in graph[role].start("load").items()}
@@ -73,7 +73,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         answers = {}
         for i, (stage, role) in enumerate((("sft", "reference"), ("aligned", "policy"))):
             monitor.progress(2 + i, 5, f"{len(prompts)} answers of the {stage} model")
-            answers[stage] = judge(graph, recipe, prompts, role, stage)
+            answers[stage] = answered(graph, recipe, prompts, role, stage)
     monitor.progress(4, 5, "figures")
 
     monitor.result("pretrain_bits_per_byte", read_metrics(inputs["pretrain"])["pretrain/val_bits_per_byte"])
@@ -81,23 +81,28 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         monitor.result(f"{stage}_bits_per_byte", figures["val_bits_per_byte"])
     for name, value in compressors(shards, tokenizer).items():
         monitor.result(name, value)
-    scorer = SCORERS[recipe.evaluate.scorer]
     texts = {stage: [tokenizer.decode(ids, skip_special=True) for ids in responses(a[0])] for stage, a in answers.items()}
-    independent = {stage: np.array(scorer(t)) for stage, t in texts.items()}
     rewards = {stage: of_heads.mean(1) for stage, (_, of_heads, _) in answers.items()}
+    opinions = {"reward": rewards}
     (rollout, _, kl), sft, aligned = answers["aligned"], rewards["sft"], rewards["aligned"]
     monitor.result("prompts", len(prompts))
-    monitor.result("sft_reward", float(sft.mean()))
-    monitor.result("aligned_reward", float(aligned.mean()))
-    monitor.result("reward_gain_sd", float((aligned.mean() - sft.mean()) / sft.std()))
+    for stage, values in rewards.items():
+        if not recipe.has_reward_model:
+            monitor.result(f"{stage}_success", success(values))
+        monitor.result(f"{stage}_reward", float(values.mean()))
+    if recipe.has_reward_model:
+        monitor.result("reward_gain_sd", float((aligned.mean() - sft.mean()) / sft.std()))
     if recipe.reward.heads > 1:
         for stage, (_, of_heads, _) in answers.items():
             monitor.result(f"{stage}_disagreement", float(of_heads.std(1).mean()))
     monitor.result("kl_nats", float(kl.mean()))
-    monitor.result("independent_scorer", recipe.evaluate.scorer)
-    for stage, values in independent.items():
-        monitor.result(f"{stage}_independent", float(values.mean()))
-    monitor.result("independent_gain", float(independent["aligned"].mean() - independent["sft"].mean()))
+    if recipe.has_reward_model:
+        independent = {stage: np.array(SCORERS[recipe.evaluate.scorer](t)) for stage, t in texts.items()}
+        opinions["independent"] = independent
+        monitor.result("independent_scorer", recipe.evaluate.scorer)
+        for stage, values in independent.items():
+            monitor.result(f"{stage}_independent", float(values.mean()))
+        monitor.result("independent_gain", float(independent["aligned"].mean() - independent["sft"].mean()))
     monitor.result("response_tokens", float(rollout.response_lengths.mean()))
     monitor.result("distinct_answers", len(set(texts["aligned"])) / len(prompts))
     shown = range(min(recipe.evaluate.samples, len(prompts)))
@@ -107,8 +112,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             {
                 "prompt": tokenizer.decode(prompts[i]),
                 **{stage: texts[stage][i] for stage in texts},
-                **{f"{stage}_reward": float(rewards[stage][i]) for stage in texts},
-                **{f"{stage}_independent": float(independent[stage][i]) for stage in texts},
+                **{f"{stage}_{kind}": float(of_stages[stage][i]) for kind, of_stages in opinions.items() for stage in texts},
             }
             for i in shown
         ],
@@ -116,7 +120,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     monitor.progress(5, 5)
 
 
-def judge(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, stage: str) -> tuple[Rollout, np.ndarray, np.ndarray]:
+def answered(graph: Graph, recipe: Recipe, prompts: list[list[int]], role: str, stage: str) -> tuple[Rollout, np.ndarray, np.ndarray]:
     """Let the engines answer with `role`'s weights: the answers, their rewards [n, heads], their KL from the SFT model [n] in nats."""
     seconds = recipe.cluster.deadline_s
     sync_weights(graph, recipe, stage, role)

@@ -135,6 +135,13 @@ def _last(flat: npt.NDArray, ends: Ints, lengths: Sequence[int]) -> list[npt.NDA
     return [flat[end - n : end] for end, n in zip(ends, lengths, strict=True)]
 
 
+def prompts(rollout: Rollout) -> list[list[int]]:
+    """The prompt token ids of every sample."""
+    ends = np.cumsum(rollout.prompt_lengths + rollout.response_lengths)
+    whole = zip(ends, rollout.prompt_lengths, rollout.response_lengths, strict=True)
+    return [rollout.tokens[end - n - m : end - n].tolist() for end, m, n in whole]
+
+
 def responses(rollout: Rollout) -> list[list[int]]:
     """The response token ids of every sample."""
     ends = np.cumsum(rollout.prompt_lengths + rollout.response_lengths)

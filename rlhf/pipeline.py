@@ -42,6 +42,8 @@ TELLING = (
     "ppo/log_prob_gap_max",
     "distill/divergence_last",
     "distill/log_prob_gap_max",
+    "evaluate/sft_success",
+    "evaluate/aligned_success",
     "evaluate/reward_gain_sd",
     "evaluate/kl_nats",
     "evaluate/independent_gain",
@@ -71,7 +73,7 @@ def run(
     Raises RecipeError before anything starts when the recipe cannot work, when another driver holds this run, or when
     `only` / `start` need an earlier stage that is not up to date; DataError and ClusterError as the stages find them.
     """
-    chosen = choose(stages_of(recipe.align), only, start, until)
+    chosen = choose(stages_of(recipe), only, start, until)
     preflight.check(recipe, chosen)
     run_dir = run_directory(recipe)
     with artefacts.lock(run_dir), _raising_on_sigterm():
@@ -150,6 +152,10 @@ def outside_inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
             found["data"] |= {f"model.init/{n}": artefacts.digest(model / n) for n in names}
     if recipe.tokenizer.extend is not None:
         found["data"]["tokenizer.extend"] = artefacts.digest(Path(recipe.tokenizer.extend).expanduser())
+    if (function := recipe.ppo.reward_function) is not None:
+        path, colon, name = function.rpartition(":")
+        counted = f"{artefacts.digest(Path(path).expanduser())} {name}" if colon else name
+        found |= {stage: {"ppo.reward_function": counted} for stage in ("ppo", "evaluate")}
     for stage, (key, teacher) in preflight.teachers(recipe).items():
         found[stage] = {key: artefacts.digest(teacher)}
     return found

@@ -27,14 +27,16 @@ from data.order import batch_indices
 from data.tokenizers import load as load_tokenizer
 from rlhf import timeline
 from rlhf.errors import TrainingError
+from rlhf.generation import generate
 from rlhf.graph import Graph, Prompts, Role, ask_all, engines, open_graph
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Ppo, Recipe
-from rlhf.roles import CriticWorker, PolicyWorker, ReferenceWorker, RewardWorker
+from rlhf.roles import CriticWorker, PolicyWorker, ReferenceWorker
 from rlhf.sampling import Sampling, wanted
 from rlhf.shaping import Running, after, begin, replay
 from rlhf.stream import Flow, Scorer, stream
 from rlhf.sync import gate, refuse_gap, sync_weights
+from rlhf.verifier import held_out, judge
 
 
 def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, running: Running) -> dict[str, float]:
@@ -82,18 +84,18 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     """Start the graph, resume where the last checkpoint stands, step, export the policy."""
     config, data = recipe.ppo, inputs["data"]
     tokenizer = load_tokenizer(data / "tokenizer")
-    prompts = Examples(data / "prompts", "train")
+    prompts, unseen = Examples(data / "prompts", "train"), held_out(data, recipe.evaluate.prompts)
     seconds, folder = recipe.cluster.deadline_s, out.resolve() / "checkpoints"
-    sft, reward_model = (inputs[stage].resolve() / "model" for stage in ("sft", "reward"))
+    sft = inputs["sft"].resolve() / "model"
     updates = config.steps * config.epochs * -(-config.samples // config.global_batch)
     roles: dict[str, Role] = {
         "rollout": engines(recipe, sft, tokenizer, config.adapter),
         "policy": (PolicyWorker, (recipe, sft)),
         "reference": (ReferenceWorker, (recipe, sft)),
-        "reward": (RewardWorker, (recipe, reward_model)),
+        "reward": judge(recipe, inputs),
     }
     if config.needs_critic:
-        roles["critic"] = (CriticWorker, (recipe, reward_model))
+        roles["critic"] = (CriticWorker, (recipe, inputs["reward"].resolve() / "model" if recipe.has_reward_model else sft))
     with open_graph(recipe, roles) as graph:
         loading = graph["reference"].start("load") | graph["reward"].start("load")
         for role in learners(graph):
@@ -116,6 +118,8 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             metrics |= who_waited(graph, recipe, out, began, step + 1) | who_holds(graph, recipe)
             running = after(running, metrics["kl"], metrics["reward"], metrics["reward_sd"], config)
             done = step + 1
+            if config.validate_every and (done % config.validate_every == 0 or done == config.steps):
+                metrics["held_out_reward"] = held_out_reward(graph, recipe, unseen)
             monitor.log(done, metrics)
             monitor.progress(done, config.steps, f"reward {metrics['reward']:.3f}  kl {metrics['kl']:.2f}")
             if done % config.checkpoint_every == 0 or done == config.steps:
@@ -132,6 +136,13 @@ def equal_groups(graph: Graph, recipe: Recipe, rollout: Flow, running: Running) 
     found = graph["policy"].ask(0, "equal_groups", rollout.rollouts, rollout.scores["rewards"], running)
     dropped: int = wait({"policy[0]": found}, recipe.cluster.deadline_s, "equal groups")["policy[0]"]
     return dropped
+
+
+def held_out_reward(graph: Graph, recipe: Recipe, prompts: Prompts) -> float:
+    """The mean reward of one answer to each of these prompts, by the weights as they are now; each time by the same seeds."""
+    what, seconds = "held-out prompts", recipe.cluster.deadline_s
+    found = wait(graph["reward"].start("scores", *generate(graph, recipe, prompts, 0)), seconds, what)
+    return float(np.mean(np.concatenate([values for _, values in found.values()])))
 
 
 def who_waited(graph: Graph, recipe: Recipe, out: Path, began: float, step: int) -> dict[str, float]:

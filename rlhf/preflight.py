@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rlhf import rewards
 from rlhf.errors import RecipeError
 from rlhf.recipe import Recipe
 
@@ -28,6 +29,8 @@ def check(recipe: Recipe, stages: tuple[str, ...]) -> None:
             problems.append(f"{stage}.float8 needs GPUs: set cluster.gpus_per_worker, or {stage}.float8: false")
     if recipe.model.init is not None:
         problems += _model_problems(recipe, Path(recipe.model.init).expanduser())
+    if (function := recipe.ppo.reward_function) is not None:
+        rewards.load(function, rewards.source(function))  # a user's file that cannot be imported is told now, not after the fine-tuning
     for key, teacher in teachers(recipe).values():
         problems += _directory_problems(key, teacher)
     if problems:
@@ -76,15 +79,9 @@ def _directory_problems(key: str, model: Path) -> list[str]:
 
 
 def _length_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
-    limit, prefix = config.get("max_position_embeddings"), recipe.sft.adapter.prefix
-    window, longest = recipe.pretrain.longest_window
-    lengths = {
-        window: longest,
-        "sft.max_tokens" + " + sft.adapter.virtual_tokens" * (prefix > 0): recipe.sft.max_tokens + prefix,
-        "reward.max_tokens": recipe.reward.max_tokens,
-        "ppo.max_prompt_tokens + ppo.max_response_tokens": recipe.ppo.max_prompt_tokens + recipe.ppo.max_response_tokens,
-    }
-    return [f"{k} = {n} is longer than the {limit} positions of {recipe.model.init}" for k, n in lengths.items() if limit and n > limit]
+    limit = config.get("max_position_embeddings")
+    model = recipe.model.init
+    return [f"{k} = {n} is longer than the {limit} positions of {model}" for k, n in recipe.lengths.items() if limit and n > limit]
 
 
 def _vocabulary_problems(recipe: Recipe, model: Path, config: dict[str, Any]) -> list[str]:

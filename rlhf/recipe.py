@@ -291,11 +291,11 @@ class Recipe(Section):
     model: Model = key(Model(), "The language model.")
     pretrain: Pretrain = key(Pretrain(), "Stage 2: learn to predict text.")
     sft: Sft = key(Sft(), "Stage 3: learn to answer.")
-    reward: Reward = key(Reward(), "Stage 4: learn which answers people prefer.")
+    reward: Reward = key(Reward(), "Stage 4: learn which answers people prefer. Not there with `ppo.reward_function`.")
     align: Literal["ppo", "preference", "distill"] = key(
         "ppo",
         "Stage 5: `ppo` learns from the reward model's scores of its own answers, `preference` straight from the rankings, `distill` "
-        "from a teacher's distributions over its own answers. Each time stage 6 asks the reward model.",
+        "from a teacher's distributions over its own answers. Each time stage 6 asks the reward model, or the reward function.",
     )
     ppo: Ppo = key(
         Ppo(), "Stage 5 with align = ppo: learn to give such answers. Its sampling and groups serve align = distill and stage 6 too."
@@ -310,20 +310,39 @@ class Recipe(Section):
     )
     evaluate: Evaluate = key(Evaluate(), "Stage 6: did it work?")
 
+    @property
+    def has_reward_model(self) -> bool:
+        """Whether answers are judged by a model that a stage of its own trains, and not by a reward function."""
+        return self.ppo.reward_function is None
+
+    @property
+    def uses_rankings(self) -> bool:
+        return self.has_reward_model or self.align == "preference"
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The longest texts that the model will see, by what says so, in tokens."""
+        window, longest = self.pretrain.longest_window
+        prefix = self.sft.adapter.prefix
+        rankings = {"reward.max_tokens": self.reward.max_tokens} if self.uses_rankings else {}
+        return {
+            window: longest,
+            "sft.max_tokens" + " + sft.adapter.virtual_tokens" * (prefix > 0): self.sft.max_tokens + prefix,
+            **rankings,
+            "ppo.max_prompt_tokens + ppo.max_response_tokens": self.ppo.max_prompt_tokens + self.ppo.max_response_tokens,
+        }
+
     @model_validator(mode="after")
     def sizes_agree(self) -> "Recipe":
         wrong = self._unknown_sources()
-        limit, prefix = self.model.max_positions, self.sft.adapter.prefix
+        if not self.data.preferences and self.uses_rankings:
+            wrong.append("data.preferences is missing: rankings to learn from, unless ppo.reward_function judges the answers")
+        limit = self.model.max_positions
         window, longest = self.pretrain.longest_window
         if self.model.init is None:
             if not self.pretrain.total_steps:
                 wrong.append("pretrain.steps = 0 needs model.init, a model that has learned already")
-            for name, length in {
-                window: longest,
-                "sft.max_tokens" + " + sft.adapter.virtual_tokens" * (prefix > 0): self.sft.max_tokens + prefix,
-                "reward.max_tokens": self.reward.max_tokens,
-                "ppo.max_prompt_tokens + ppo.max_response_tokens": self.ppo.max_prompt_tokens + self.ppo.max_response_tokens,
-            }.items():
+            for name, length in self.lengths.items():
                 if length > limit:
                     wrong.append(f"{name} = {length} is longer than model.max_positions = {limit}")
             if (size := self.model.hidden_size // self.model.heads) not in HEAD_SIZES:
@@ -338,10 +357,10 @@ class Recipe(Section):
         fits = [
             (window, longest, "pretrain"),
             ("sft.max_tokens", self.sft.max_tokens, "sft"),
-            ("reward.max_tokens x 2", 2 * self.reward.max_tokens, "reward"),
-            ("reward.max_tokens x 2", 2 * self.reward.max_tokens, "preference"),
             (*answer, "ppo"),
         ]
+        if self.uses_rankings:
+            fits += [("reward.max_tokens x 2", 2 * self.reward.max_tokens, stage) for stage in ("reward", "preference")]
         if self.align == "distill":
             fits += [(*answer, "distill"), ("sft.max_tokens", self.sft.max_tokens, "distill")]
         for name, length, stage in fits:

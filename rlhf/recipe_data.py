@@ -15,11 +15,15 @@ class Data(Section):
         ..., "Conversations to fine-tune on: `name:chat`, or .jsonl files of {messages: [{role, content}]}.", min_length=1
     )
     preferences: list[Source] = key(
+        [],
+        "Human rankings: `name:preferences`, or .jsonl files of {messages, chosen, rejected} or {messages, ranked: [best, ...]}. "
+        "A recipe with `ppo.reward_function` needs none.",
+    )
+    prompts: list[Source] = key(
         ...,
-        "Human rankings: `name:preferences`, or .jsonl files of {messages, chosen, rejected} or {messages, ranked: [best, ...]}.",
+        "What PPO answers: `name:prompts`, or .jsonl files of {messages}, with {answer} for some of `ppo.reward_function`.",
         min_length=1,
     )
-    prompts: list[Source] = key(..., "What PPO answers: `name:prompts`, or .jsonl files of {messages}.", min_length=1)
     cache_dir: str = key("~/.cache/roundhouse", "Where fetched corpora and rank files are kept.", unit="path")
     validation_fraction: float = key(0.03, "Share of documents held out, chosen by the hash of their text.", unit="fraction", gt=0, lt=0.5)
     max_broken_fraction: float = key(

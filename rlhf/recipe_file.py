@@ -19,6 +19,7 @@ from rlhf.errors import RecipeError
 from rlhf.recipe import Recipe
 from rlhf.recipe_keys import nearest_key, section_at
 from rlhf.recipe_ppo import idle
+from rlhf.rewards import problem as reward_problem
 
 KeyPath = tuple[str | int, ...]
 
@@ -181,11 +182,15 @@ def _idle_keys(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
         found["pretrain", "steps"] = "pretrain.phases have steps of their own"
     method = adapter.get("method", "none")
     thin = ["rank", "alpha", "dropout", "targets"]
-    unread = {"none": [*thin, "virtual_tokens"], "p_tuning_v2": thin, "lora": ["virtual_tokens"], "qlora": ["virtual_tokens"]}
-    for k in unread.get(method, []) if isinstance(method, str) else []:
+    of_method = {"none": [*thin, "virtual_tokens"], "p_tuning_v2": thin, "lora": ["virtual_tokens"], "qlora": ["virtual_tokens"]}
+    for k in of_method.get(method, []) if isinstance(method, str) else []:
         found["sft", "adapter", k] = f"sft.adapter.method is {method}"
     if _section(values, "reward").get("heads", 1) == 1:
         found["ppo", "uncertainty_coef"] = "reward.heads is 1, and one head agrees with itself"
+    if _section(values, "ppo").get("reward_function") is not None:
+        why, ranks = "ppo.reward_function judges the answers", values.get("align") == "preference"
+        unread = [("reward", k) for k in section_at(("reward",)).model_fields if not (ranks and k == "max_tokens")]
+        found |= dict.fromkeys([*unread, ("evaluate", "scorer"), *([] if ranks else [("data", "preferences")])], why)
     return found | {("ppo", *path): why for path, why in idle(_section(values, "ppo")).items()}
 
 
@@ -198,7 +203,7 @@ def _keys_without_effect(values: dict[str, Any]) -> list[Problem]:
 
 
 def _missing_files(values: dict[str, Any]) -> list[Problem]:
-    """Sources that neither the catalogue nor the disk holds, and a model directory that is not one."""
+    """Sources that neither the catalogue nor the disk holds, a model directory that is not one, a reward function that nobody defines."""
     from data.catalog import problem  # a light import, but `explain` does not need it
 
     problems: list[Problem] = []
@@ -216,6 +221,9 @@ def _missing_files(values: dict[str, Any]) -> list[Problem]:
         directory = _section(values, *section).get(name)
         if isinstance(directory, str) and not Path(directory).expanduser().is_dir():
             problems.append(Problem((*section, name), f"is no directory: {directory}"))
+    function = _section(values, "ppo").get("reward_function")
+    if isinstance(function, str) and (what := reward_problem(function)):
+        problems.append(Problem(("ppo", "reward_function"), f": {what}"))
     pieces = _section(values, "tokenizer").get("extend")
     if isinstance(pieces, str) and not Path(pieces).expanduser().is_file():
         problems.append(Problem(("tokenizer", "extend"), f"is no file: {pieces}"))

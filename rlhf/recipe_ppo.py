@@ -2,6 +2,7 @@
 
     ppo: {preset: verl, kl_coef: 0.001}                         # as another library does it, but for one key
     ppo: {advantage: grpo, samples_per_prompt: 8}               # answers to one prompt compared with each other: no critic
+    ppo: {reward_function: exact_match}                         # compared with the answers beside the prompts: no reward model
 
 What a key defaults to may depend on others (`filled`), and some keys have no effect beside others (`idle`): then they are errors.
 """
@@ -115,6 +116,18 @@ class Ppo(Optimizer):
     )
 
     # rewards
+    reward_function: str | None = key(
+        None,
+        "Judges the answers in the place of a reward model: `exact_match`, or a function of yours as FILE.py:FUNCTION (see "
+        "rlhf/rewards.py). May take half of `cluster.deadline_s`. There is no stage reward then, and a critic starts from the SFT model.",
+        source="arXiv:2411.15124, arXiv:2501.12948",
+    )
+    validate_every: int | None = key(
+        None,
+        "Steps between two looks at the held-out prompts (`evaluate.prompts` of them): the curve `ppo/held_out_reward`. Default: none.",
+        unit="steps",
+        ge=1,
+    )
     kl_coef: float = key(
         0.05,
         "Weight of the distance between policy and reference, log pi - log pi_ref per token; `kl_in` says where it counts.",

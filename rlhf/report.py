@@ -159,6 +159,11 @@ def headlines(summary: Summary) -> list[Headline]:
         "evaluate/reward_gain_sd", "Reward gained", "{:+.2f}", "SD",
         f"Mean reward of the aligned model's answers to held-out prompts over the SFT model's, in its standard deviations.{change}",
     )  # fmt: skip
+    before = beside("sft_success")
+    change = f" The SFT model: {100 * before[0]:.1f} %." if before else ""
+    if isinstance(right := summary.get("evaluate/aligned_success"), (int, float)):
+        meaning = f"Held-out prompts that the aligned model answers right, by the recipe's reward function.{change}"
+        found.append(Headline("Right answers", f"{100 * right:.1f}", "%", meaning))
     scorer = summary.get("evaluate/independent_scorer", "independent")
     means = beside("sft_independent", "aligned_independent")
     change = f" The mean went from {means[0]:.2f} to {means[1]:.2f}.".replace("-", "−") if means else ""

@@ -270,7 +270,7 @@ class PolicyWorker(WeightSender, LearningRole):
 
 
 class CriticWorker(LearningRole):
-    """The value model: what reward a state still promises. It starts as the reward model."""
+    """The value model: what reward a state still promises. It starts as the reward model, or as the SFT model with a head of zeros."""
 
     group = "critic"
 

@@ -59,12 +59,18 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         ("prompts", recipe.data.prompts, examples.prepare_prompts, recipe.ppo.max_prompt_tokens),
     )
     for number, (part, sources, prepare, max_tokens) in enumerate(wanted, start=1):
+        if part == "preferences" and not recipe.uses_rankings:
+            continue
         monitor.progress(number, len(PARTS), part)
         if (made[part] or {}).get("tokenizer") != tokenizer.fingerprint:
             prepare(_files(recipe, sources), tokenizer, out / part, max_tokens=max_tokens, **limits)
         counts = _report_part(monitor, out, part)
         for split in ("train", "validation"):
             monitor.result(f"{part}_{split}", counts[split]["rows"])
+    if recipe.ppo.reward_function is not None:
+        from rlhf.verifier import answers_of
+
+        answers_of(out / "prompts", recipe.ppo.reward_function)  # to be told of prompts without one now, not when PPO begins
     monitor.progress(len(PARTS), len(PARTS))
 
 
@@ -76,8 +82,8 @@ def source_digest(source: str) -> str:
     from data.catalog import CATALOG, resolve
 
     name, colon, _ = source.partition(":")
-    if colon and name in CATALOG:
-        dataset = CATALOG[name]
+    if colon and (base := name.partition("?")[0]) in CATALOG:  # options stand in the recipe itself
+        dataset = CATALOG[base]
         return f"{dataset.package.name} {dataset.package.version} {dataset.package.sha256} {dataset.version}"
     return " ".join(digest(path) for path in resolve(source, ""))
 

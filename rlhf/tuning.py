@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from cluster.connect import connect
+from cluster.training import give_back
 from data.files import write_json
 from rlhf import artefacts, pipeline, recipe_file
 from rlhf.artefacts import stages_of
@@ -32,6 +33,7 @@ from rlhf.recipe import Recipe
 
 # What one usually searches for; any other figure of summary.json needs to be told which way is better.
 BETTER = {
+    "evaluate/aligned_success": "max",
     "pretrain/val_loss": "min",
     "pretrain/val_bits_per_byte": "min",
     "sft/val_loss": "min",
@@ -75,7 +77,7 @@ def search(path: Path, overrides: Sequence[str], metric: str, better: str | None
         raise RecipeError(f"which way is {metric} better? add --better min or --better max ({', '.join(BETTER)} are known)")
     base = recipe_file.load(path, fixed)
     stage = metric.partition("/")[0]
-    if stage not in stages_of(base.align):
+    if stage not in stages_of(base):
         raise RecipeError(f"--metric {metric}: a figure of summary.json is needed, as {', '.join(BETTER)}")
     run_dir = pipeline.run_directory(base)
     asked = [_sample(path, fixed, spaces, i, base, run_dir / "tune") for i in range(trials)]
@@ -126,7 +128,7 @@ def _draw(key: str, text: str, rng: np.random.Generator) -> str:
 
 def _shared(base: Recipe, recipes: list[Recipe], stage: str) -> tuple[str, ...]:
     """The stages before the metric's that are the same in all trials as in the run itself."""
-    line = stages_of(base.align)
+    line = stages_of(base)
     of = [artefacts.identities(r, pipeline.outside_inputs(r)) for r in (base, *recipes)]
     shared = []
     for name in line[: line.index(stage)]:
@@ -161,7 +163,7 @@ def _tune(trials: list[Trial], stage: str, metric: str, way: str, at_once: int, 
     by_name = {trial.name: trial for trial in trials}
     space = [{"name": t.name, "recipe": t.recipe.model_dump(mode="json"), "stage": stage, "metric": metric} for t in trials]
     tuner = tune.Tuner(
-        tune.with_resources(_trial, {"memory": 1 << 20}),  # its stages ask for the CPUs; nothing at all is refused
+        tune.with_resources(_trainable(), {"memory": 1 << 20}),  # its stages ask for the CPUs; nothing at all is refused
         param_space=tune.grid_search(space),  # type: ignore[arg-type]
         tune_config=tune.TuneConfig(
             metric="value",
@@ -169,7 +171,13 @@ def _tune(trials: list[Trial], stage: str, metric: str, way: str, at_once: int, 
             scheduler=ASHAScheduler(max_t=1_000_000, grace_period=2, reduction_factor=3),
             max_concurrent_trials=at_once,
         ),
-        run_config=tune.RunConfig(name="ray_tune", storage_path=str(folder), verbose=0, callbacks=[Told()]),
+        run_config=tune.RunConfig(
+            name="ray_tune",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[Told()],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stages have their own
+        ),
     )
     done = []
     for result in tuner.fit():
@@ -184,26 +192,45 @@ def _tune(trials: list[Trial], stage: str, metric: str, way: str, at_once: int, 
     return done
 
 
-def _trial(config: dict[str, Any]) -> None:
-    """What Ray Tune runs for each trial: the pipeline in a thread, its metric reported as it is logged."""
+def _trainable() -> type:
+    """What Ray Tune runs for each trial. Made here, since importing Tune takes seconds."""
     from ray import tune
 
-    recipe = Recipe.model_validate(config["recipe"])
-    run_dir = pipeline.run_directory(recipe)
-    running = ThreadPoolExecutor(1).submit(pipeline.run, recipe, until=config["stage"])
-    told = 0
-    while not running.done():
-        wait([running], POLL_SECONDS)
-        logged = _logged(run_dir / config["stage"] / "metrics.jsonl", config["metric"])
-        for step, value in logged[told:]:
-            tune.report({"value": value, "step": step})
-        told = max(told, len(logged))
-    running.result()
-    summary = json.loads((run_dir / "summary.json").read_text())
-    if config["metric"] not in summary:
-        names = ", ".join(name for name in summary if name.startswith(config["stage"] + "/"))
-        raise RecipeError(f"there is no {config['metric']} in {run_dir / 'summary.json'}; there are {names}")
-    tune.report({"value": float(summary[config["metric"]]), "step": 0})
+    class Running(tune.Trainable):
+        """The pipeline in a thread; a step of Tune's lasts until the metric is logged again, or the end."""
+
+        def setup(self, config: dict[str, Any]) -> None:
+            self.stage, self.metric = config["stage"], config["metric"]
+            recipe = Recipe.model_validate(config["recipe"])
+            self.run_dir = pipeline.run_directory(recipe)
+            self.pipeline = ThreadPoolExecutor(1).submit(pipeline.run, recipe, until=self.stage)
+            self.told = 0
+
+        def step(self) -> dict[str, Any]:
+            while True:
+                ended = self.pipeline.done()
+                logged = _logged(self.run_dir / self.stage / "metrics.jsonl", self.metric)
+                if len(logged) > self.told:
+                    step, value = logged[self.told]
+                    self.told += 1
+                    return {"value": value, "step": step}
+                if ended:
+                    self.pipeline.result()
+                    return {"value": _result(self.run_dir / "summary.json", self.stage, self.metric), "step": 0, "done": True}
+                wait([self.pipeline], POLL_SECONDS)
+
+        def cleanup(self) -> None:
+            give_back()  # of a trial that is stopped early; else there is nothing
+
+    return Running
+
+
+def _result(summary_path: Path, stage: str, metric: str) -> float:
+    summary = json.loads(summary_path.read_text())
+    if metric not in summary:
+        names = ", ".join(name for name in summary if name.startswith(stage + "/"))
+        raise RecipeError(f"there is no {metric} in {summary_path}; there are {names}")
+    return float(summary[metric])
 
 
 def _logged(path: Path, metric: str) -> list[tuple[int, float]]:

@@ -28,6 +28,16 @@ settings.register_profile(
 settings.load_profile("shared")
 
 
+# Files that take minutes, longest first: with two processes (`make test`) one of them must not begin the longest at the end.
+LONGEST = ("journey", "ppo", "ppo_family", "distill", "placement", "tuning", "colocation", "training", "learner", "jobs")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Ray on this machine with two CPUs, started once for the whole session."""

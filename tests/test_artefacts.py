@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf import artefacts, monitoring, pipeline, recipe_file
-from rlhf.artefacts import Identity, stages_of
+from rlhf.artefacts import Identity
 from rlhf.errors import RecipeError
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe
 
-STAGES = stages_of("ppo")
+STAGES = ("data", "pretrain", "sft", "reward", "ppo", "evaluate")
 ROOT = Path(__file__).resolve().parent.parent
 
 

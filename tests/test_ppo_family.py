@@ -120,3 +120,17 @@ def test_an_adapter_alone_goes_to_the_engines(ray_session, made, tmp_path):
     name = "model.layers.0.mlp.down_proj"
     thin = [adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "BA"]
     torch.testing.assert_close(merged[f"{name}.weight"], before[f"{name}.weight"] + 16 / 4 * thin[0] @ thin[1])
+
+
+@pytest.mark.parametrize(
+    "keys", [{"advantage": "grpo", "samples_per_prompt": 8, "rollout_batch": 4}, {"rollout_batch": 32, "critic_learning_rate": 3e-3}]
+)
+def test_answers_become_what_a_function_of_the_users_asks_for(ray_session, made, tmp_path, keys):
+    """From 1 token in 10 to more than half of them, without a reward model; the critic starts from the SFT model."""
+    (tmp_path / "mine.py").write_text(
+        "def small(prompts, responses, answers):\n    return [sum('a' <= c <= 'z' for c in r) / 8 for r in responses]\n"
+    )
+    recipe = recipe_of(**keys, steps=10, global_batch=16, learning_rate=1e-2, kl_coef=0, reward_function=f"{tmp_path}/mine.py:small")
+    rows = train(recipe, {stage: made[stage] for stage in ("data", "sft")}, tmp_path / "out")
+    assert rows[0]["ppo/reward"] < 0.3
+    assert rows[-1]["ppo/reward"] > 0.6

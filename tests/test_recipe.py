@@ -8,7 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf import recipe_file, recipe_keys
+from rlhf.artefacts import identities, stages_of
 from rlhf.errors import RecipeError
+from rlhf.pipeline import outside_inputs
 from rlhf.recipe import Ppo, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -347,3 +349,34 @@ def test_groups_that_share(recipe_path: Path) -> None:
     recipe = recipe_file.load(recipe_path, [*gpus, *four, *engines, "ppo.colocate=[[policy, reference], [rollout, reward]]"])
     assert recipe.ppo.colocate == [["policy", "reference"], ["rollout", "reward"]]
     assert recipe.ppo.groups.rollout.demand.width == 2
+
+
+def test_a_reward_function_takes_the_reward_models_place(recipe_path: Path, recipe_text: str, tmp_path: Path) -> None:
+    recipe_path.write_text("".join(text for text in recipe_text.splitlines(keepends=True) if "preferences" not in text))
+    assert "data.preferences is missing: rankings to learn from" in complaint(recipe_path)
+    assert "data.preferences is missing" in complaint(recipe_path, "ppo.reward_function=exact_match", "align=preference")
+    recipe = recipe_file.load(recipe_path, ["ppo.reward_function=exact_match", "model.max_positions=300", "sft.max_tokens=300"])
+    assert stages_of(recipe) == ("data", "pretrain", "sft", "ppo", "evaluate")
+    copy = tmp_path / "resolved.yaml"
+    copy.write_text(recipe_file.resolved(recipe))
+    assert recipe_file.load(copy) == recipe
+    for key in ("reward.epochs=2", "data.preferences=[rated-snippets:preferences]", "evaluate.scorer=vader", "ppo.uncertainty_coef=1"):
+        name = key.partition("=")[0]
+        assert f"{name} would have no effect" in complaint(recipe_path, "ppo.reward_function=exact_match", key)
+    assert "did you mean exact_match?" in complaint(recipe_path, "ppo.reward_function=exact_mach")
+
+
+def test_a_reward_function_counts_by_its_files_content(recipe_path: Path, recipe_text: str, tmp_path: Path) -> None:
+    recipe_path.write_text("".join(text for text in recipe_text.splitlines(keepends=True) if "preferences" not in text))
+    file = tmp_path / "mine.py"
+
+    def hashes(function: str) -> dict[str, str]:
+        recipe = recipe_file.load(recipe_path, [f"ppo.reward_function={file}:{function}"])
+        return {stage: identity.hash for stage, identity in identities(recipe, outside_inputs(recipe)).items()}
+
+    two = "def one(prompts, responses, answers): return [1.0] * len(responses)\n\ndef other(prompts, responses, answers): return []\n"
+    file.write_text(two)
+    first = hashes("one")
+    assert hashes("one") == first
+    for changed in (hashes("other"), (file.write_text(two + "\n"), hashes("one"))[1]):
+        assert {stage for stage in first if first[stage] != changed[stage]} == {"ppo", "evaluate"}

@@ -1,9 +1,11 @@
 """Search: what is sampled and what is refused without Ray; and one search whose trials are real runs."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +73,10 @@ def test_a_search_shares_its_data_stops_what_lags_and_repeats_for_nothing(
     assert [row["trial"] for row in table["trials"]] == [t.name for t in found]
     assert (folder / "tune.png").stat().st_size > 5000
     assert found[1].state in ("made", "stopped early")
+    deadline = time.monotonic() + 20  # what a stopped trial held is free again
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, f"{found[1].state}: {ray.available_resources()} of {ray.cluster_resources()}"
+        time.sleep(0.2)
     best = (folder / found[0].name / "pretrain/manifest.json").read_bytes()
     again = search(recipe_path, asked, "pretrain/val_loss", None, 2, 2)
     assert again[0].result == found[0].result
