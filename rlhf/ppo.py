@@ -69,7 +69,7 @@ def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, running:
     learning = {role: graph[role].start("update", experience, step) for role in learners(graph)}
     learned = wait(learning["policy"], seconds, f"{now}: update")
     if config.one_pass:  # the first to know
-        metrics["log_prob_gap"] = float(np.max([figures.pop("log_prob_gap") for figures in learned.values()]))
+        metrics["log_prob_gap"] = float(np.max([figures["log_prob_gap"] for figures in learned.values()]))
         refuse_gap(metrics["log_prob_gap"], recipe, f"{now}: the rollout")
     # The engines need nothing of the critic, which may still be learning.
     metrics |= sync_weights(graph, recipe, version=f"step-{step + 1}") | {"prompts": asked}

@@ -20,7 +20,7 @@ import torch.nn as nn
 from transformers import PreTrainedModel
 
 from cluster import checkpoints
-from cluster.hardware import hardware, use_deterministic_kernels
+from cluster.hardware import use_deterministic_kernels
 from cluster.training import Layout, Report, fit
 from data.errors import DataError
 from data.order import batch_indices

@@ -57,7 +57,7 @@ def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("rows", [1, 4, 5, 6, 23])
 def test_chunks_change_neither_value_nor_gradient(rows: int, temperature: float, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By torch's own operations where the output layer has a bias, by our one where it is a matrix; kept logits and such as are computed again."""
+    """By torch's own operations where the layer has a bias, by ours where it is a matrix; logits that are kept, and computed again."""
     monkeypatch.setattr(models, "LOGITS", 5 * 64)
     monkeypatch.setattr(fused_loss, "LOGITS_OF_CPU", 3 * 64)
     torch.manual_seed(rows)

@@ -22,6 +22,7 @@ from data.tokenizers import train as train_tokenizer
 from rlhf import reward, sft
 from rlhf.errors import NotFinite, TrainingError
 from rlhf.health import LEAST
+from rlhf.learner import WORTH_COMPILING, pays_to_compile
 from rlhf.losses import cross_entropy
 from rlhf.models import Batch, LanguageModel, save_model
 from rlhf.recipe import Recipe
