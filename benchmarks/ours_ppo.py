@@ -28,14 +28,12 @@ def main(work: str, _: str, folder: Path, out: Path, steps: int) -> None:
     from rlhf.recipe import Recipe
 
     prompts, policy, keys = WORKS[work]
-    share = {"cpus": 0.4}
-    # The critic learns beside the policy, a core each; alone, the policy takes both.
-    threads = 2 if keys.get("advantage") == "grpo" else 1
-    groups = {"policy": share | {"threads": threads}, "reference": share, "reward": share, "rollout": share | {"threads": 2}}
-    if "advantage" not in keys:
-        groups["critic"] = share
+    # In turn, with both cores each: side by side, a core each, the critic waited for the policy, which learns a vocabulary besides.
+    share = {"cpus": 0.4, "threads": 2}
+    roles = ["policy", "reference", "reward", *(() if "advantage" in keys else ("critic",))]
+    groups = dict.fromkeys([*roles, "rollout"], share)
     length = PROMPTS[prompts][0]
-    ppo = SHARED | keys | {"steps": steps, "max_prompt_tokens": length, "groups": groups}
+    ppo = SHARED | keys | {"steps": steps, "max_prompt_tokens": length, "groups": groups, "colocate": [roles]}
     sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
     recipe = Recipe.model_validate({"name": "benchmark", "data": sources, "model": {"max_positions": 512}, "ppo": ppo})
 
