@@ -2,6 +2,7 @@
 # make test         all tests
 # make lint         ruff and mypy
 # make peers        the environment of the libraries that benchmarks/ compares with, in .venv-peers
+# make data-peers   the same for the benchmarks of data/, in .venv-data-peers
 # Needs Python 3.11, pip, make and a C compiler. Everything is installed into .venv, from requirements-cpu.lock.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,7 +10,7 @@ VENV := .venv
 # Written last: an interrupted installation has no marker and starts afresh; a changed lock makes a new one.
 READY := $(VENV)/.ready
 
-.PHONY: quickstart test lint install peers clean
+.PHONY: quickstart test lint install peers data-peers clean
 
 quickstart: $(READY)
 	$(VENV)/bin/roundhouse run recipes/quickstart.yaml
@@ -45,5 +46,13 @@ peers: .venv-peers/.ready
 	.venv-peers/bin/pip install --quiet --no-deps --target .venv-peers/trl-1.12 trl==1.12.0
 	touch $@
 
+data-peers: .venv-data-peers/.ready
+
+.venv-data-peers/.ready: benchmarks/requirements-data-peers.txt
+	rm -rf .venv-data-peers
+	$(PYTHON) -m venv .venv-data-peers
+	.venv-data-peers/bin/pip install --quiet -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers .venv-data-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -39,6 +39,7 @@ class Contest:
     unit: str
     steps: int
     scripts: tuple[str, str] = ("ours.py", "peers.py")  # of this folder: WORK WHO FOLDER OUT STEPS [more], one line of JSON at the end
+    peers: Path = PEERS  # the Python that runs the second script
 
 
 def arguments(about: str | None, works: Sequence[str]) -> argparse.ArgumentParser:
@@ -49,9 +50,9 @@ def arguments(about: str | None, works: Sequence[str]) -> argparse.ArgumentParse
     return parser
 
 
-def needs_peers() -> None:
-    if not PEERS.exists():
-        raise SystemExit("`make peers` makes the environment that the peers run in")
+def needs_peers(python: Path = PEERS) -> None:
+    if not python.exists():
+        raise SystemExit(f"`make {python.parts[-3].removeprefix('.venv-')}` makes the environment that the peers run in")
 
 
 def peer(script: str, folder: Path, python_path: str = "") -> None:
@@ -82,7 +83,7 @@ def compete(contests: Sequence[Contest], rounds: int, folder: Path) -> list[tupl
 def measure(contest: Contest, runner: list[str], folder: Path) -> Figures:
     """Run one process to its end."""
     who, *rest = runner
-    python, script = (sys.executable, contest.scripts[0]) if who == "ours" else (str(PEERS), contest.scripts[1])
+    python, script = (sys.executable, contest.scripts[0]) if who == "ours" else (str(contest.peers), contest.scripts[1])
     # One allocator for all: glibc's, told to keep freed blocks, as our workers are.
     keep = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
     env = os.environ | keep | {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -128,7 +129,8 @@ def run(
     chosen = [contest for contest in contests if not asked.work or contest.work in asked.work]
     if not chosen:
         return []
-    needs_peers()
+    for contest in chosen:
+        needs_peers(contest.peers)
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
         results = compete(chosen, asked.rounds, Path(name))

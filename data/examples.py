@@ -4,21 +4,20 @@
     train = Examples(out, "train")
     train[0]            # {"tokens": int64 [t], "mask": bool [t]}
 
-Rows in, as .jsonl (messages are [{"role": "user", "content": "..."}, ...]; "split": "train" | "validation" is optional,
-rows without it are split by the hash of what comes before the first answer, so one question is never on both sides):
+Rows in, in the spellings that `formats.py` knows ("split": "train" | "validation" is optional, rows without it are split
+by the hash of what comes before the first answer, so one question is never on both sides):
 
     chat            {"messages"}                       -> tokens, mask (True: the model should learn to write it)
     preferences     {"messages", "chosen", "rejected"} -> prompt, answers (best first, each ends its turn), scores
                     {"messages", "ranked": [best, ..., worst]}   any number of answers from two on
-    prompts         {"messages"}                       -> prompt, answer
-                    {"messages", "answer": "42"}       what a reward function may compare with; null where there is none
+    prompts         {"messages"}                       -> prompt
+                    {"messages", "answer"}             -> prompt, answer (a text, or null where a row has none)
 """
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,14 @@ import pyarrow.parquet as pq
 import ray
 
 from data.chat import encode_answer, encode_chat, encode_prompt
-from data.cleaning import in_validation, normalise, shares, text_id, validation_limit
+from data.cleaning import id_array, in_validation, shares, text_id, validation_limit
+from data.decontamination import Index, spans, strings_of, write_report
+from data.engine import fetched
 from data.errors import DataError
 from data.files import sha256_of, write_json
-from data.pipeline import fetched, id_array
+from data.formats import conversation, question, ranking
 from data.reading import Broken, Dropped, check_broken, ordered, read
+from data.stores import File
 from data.templates import Message
 from data.tokenizers import Tokenizer
 
@@ -40,35 +42,34 @@ IDS = pa.list_(pa.int32())
 CHAT = pa.schema([("tokens", IDS), ("mask", pa.list_(pa.bool_()))])
 PREFERENCES = pa.schema([("prompt", IDS), ("answers", pa.list_(IDS)), ("scores", pa.list_(pa.float32()))])
 PROMPTS = pa.schema([("prompt", IDS), ("answer", pa.string())])
+CONTAMINATED = pa.field("contaminated", pa.large_string())
 ROW_GROUP = 8192  # rows; fixed, so that a file's bytes do not depend on how Ray cut the blocks
 SPLITS = ("train", "validation")
 FORMAT = "roundhouse examples 2"
 
-Encode = Callable[[Tokenizer, dict[str, Any], list[Message]], dict[str, Any]]
+Encode = Callable[[Tokenizer, dict[str, Any]], tuple[list[Message], dict[str, Any]]]
+"""(tokenizer, record) -> the messages that decide its split, and its columns."""
 
 
-def prepare_chat(
-    files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
-) -> dict[str, Any]:
+def prepare_chat(files: Sequence[File], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, **options: Any) -> dict[str, Any]:
     """Conversations -> columns `tokens` and `mask`; returns the manifest.
 
     Conversations longer than `max_tokens` are cut to the most whole turns that fit; those of which nothing fits, or that
     hold no answer, are dropped and counted.
     """
 
-    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, Any]:
+    def encode(tokenizer: Tokenizer, record: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:
+        messages = conversation(record)
         tokens, mask = encode_chat(tokenizer, messages, max_tokens)
         if not tokens:
             answered = any(m["role"] == "assistant" for m in messages)
             raise Dropped(f"first turn longer than {max_tokens} tokens" if answered else "no message of the assistant")
-        return {"tokens": tokens, "mask": mask}
+        return messages, {"tokens": tokens, "mask": mask}
 
-    return _prepare(files, tokenizer, out_dir, encode, CHAT, validation_fraction, max_broken_fraction)
+    return _prepare(files, tokenizer, out_dir, encode, CHAT, **options)
 
 
-def prepare_preferences(
-    files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
-) -> dict[str, Any]:
+def prepare_preferences(files: Sequence[File], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, **options: Any) -> dict[str, Any]:
     """Rankings -> columns `prompt`, `answers` (best first) and `scores` (descending); returns the manifest.
 
     Scores tell how far apart two answers are and which are tied: `"scores"` beside `"ranked"`, or `"margin"` beside `"chosen"`, in
@@ -76,8 +77,8 @@ def prepare_preferences(
     without a difference are dropped and counted.
     """
 
-    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, Any]:
-        texts, scores = _ranking(record)
+    def encode(tokenizer: Tokenizer, record: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:
+        messages, texts, scores = ranking(record)
         prompt = encode_prompt(tokenizer, messages)
         answers = [encode_answer(tokenizer, text) for text in texts]
         if len(prompt) + max(map(len, answers)) > max_tokens:
@@ -86,75 +87,91 @@ def prepare_preferences(
             raise Dropped("two answers are equal")
         if scores[0] == scores[-1]:
             raise Dropped("no answer is better than another")
-        return {"prompt": prompt, "answers": answers, "scores": scores}
+        return messages, {"prompt": prompt, "answers": answers, "scores": scores}
 
-    return _prepare(files, tokenizer, out_dir, encode, PREFERENCES, validation_fraction, max_broken_fraction)
+    return _prepare(files, tokenizer, out_dir, encode, PREFERENCES, **options)
 
 
-def prepare_prompts(
-    files: list[Path], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, validation_fraction: float, max_broken_fraction: float
-) -> dict[str, Any]:
-    """Messages that wait for an answer -> columns `prompt` and `answer`, the text in the row's "answer" or null; those over `max_tokens`
-    are dropped and counted."""
+def prepare_prompts(files: Sequence[File], tokenizer: Tokenizer, out_dir: Path, *, max_tokens: int, **options: Any) -> dict[str, Any]:
+    """Messages that wait for an answer -> columns `prompt` and, if any row has one, `answer`: the right answer, as text, or null.
 
-    def encode(tokenizer: Tokenizer, record: dict[str, Any], messages: list[Message]) -> dict[str, Any]:
+    Prompts over `max_tokens` are dropped and counted.
+    """
+
+    def encode(tokenizer: Tokenizer, record: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:
+        messages, answer = question(record)
+        (answer or "").encode()  # half a surrogate pair is told here, as that of a prompt is
         prompt = encode_prompt(tokenizer, messages)
         if len(prompt) > max_tokens:
             raise Dropped(f"prompt longer than {max_tokens} tokens")
-        answer = record.get("answer")
-        if not isinstance(answer, str | None):
-            raise Broken(f'"answer" must be a text, this is a {type(answer).__name__}')
-        return {"prompt": prompt, "answer": answer and normalise(answer)}
+        return messages, {"prompt": prompt, "answer": answer}
 
-    return _prepare(files, tokenizer, out_dir, encode, PROMPTS, validation_fraction, max_broken_fraction)
+    return _prepare(files, tokenizer, out_dir, encode, PROMPTS, **options)
 
 
-def training_texts(files: list[Path], validation_fraction: float) -> Iterator[str]:
+def training_texts(files: Sequence[File], validation_fraction: float, fields: Mapping[str, str] | None = None) -> Iterator[str]:
     """What is said in the conversations that are not held out: texts for a vocabulary that fits them. Broken rows are passed over."""
 
     def convert(record: dict[str, Any]) -> dict[str, Any]:
-        messages = _messages(record)
+        messages = conversation(record)
         if any("\ud800" <= c <= "\udfff" for m in messages for c in m["content"]):
             raise Broken("half a surrogate pair in the text")
         held_out = record.get("split") == "validation" or in_validation(_question(messages), validation_fraction)
         return {"text": None if held_out else "\n".join(m["content"] for m in messages)}
 
     with ordered():
-        for batch in read(files, convert, pa.schema([("text", pa.large_string())])).iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in read(files, convert, pa.schema([("text", pa.large_string())]), fields).iter_batches(
+            batch_size=None, batch_format="pyarrow"
+        ):
             yield from batch["text"].drop_null().to_pylist()
 
 
 def _prepare(
-    files: list[Path],
+    files: Sequence[File],
     tokenizer: Tokenizer,
     out_dir: Path,
     encode: Encode,
     columns: pa.Schema,
+    *,
     validation_fraction: float,
     max_broken_fraction: float,
+    fields: Mapping[str, str] | None = None,
+    evaluations: Index | None = None,
 ) -> dict[str, Any]:
-    """Write `out_dir`/{train,validation}.parquet, broken.jsonl and, last, manifest.json. Needs a connected Ray."""
+    """Write `out_dir`/{train,validation}.parquet, broken.jsonl and, last, manifest.json. Needs a connected Ray.
+
+    Rows that hold a passage of `evaluations` are dropped, counted, and listed in `out_dir`/contaminated.jsonl.
+    """
     (out_dir / "manifest.json").unlink(missing_ok=True)
-    reference = ray.put(tokenizer)
+    reference, index = ray.put(tokenizer), ray.put(evaluations)
+    found = [] if evaluations is None else [CONTAMINATED]
 
     def convert(record: dict[str, Any]) -> dict[str, Any]:
-        messages = _messages(record)
         split = record.get("split")
         if split not in (None, *SPLITS):
             raise Broken(f'"split" is {split!r}; it can be "train" or "validation"')
         try:
-            return {"id": text_id(_question(messages)), "split": split, **encode(fetched(reference), record, messages)}
+            messages, made = encode(fetched(reference), record)
+            passages = spans(list(strings_of(record)), fetched(index)).to_pylist() if found else []
+            if passages:
+                return {"contaminated": json.dumps(passages)}
+            return {"id": text_id(_question(messages)), "split": split, **made}
         except UnicodeEncodeError:
             raise Broken("half a surrogate pair in the text") from None
         except DataError as error:  # the template refuses this conversation, others may be fine
             raise Broken(str(error)) from None
 
     with ordered():
-        rows = read(files, convert, pa.schema([("id", pa.binary(16)), ("split", pa.string()), *columns])).materialize()
+        schema = pa.schema([("id", pa.binary(16)), ("split", pa.string()), *columns, *found])
+        rows = read(files, convert, schema, fields).materialize()
         counts = check_broken(rows, files, out_dir, max_broken_fraction)
+        if evaluations is not None:
+            counts["dropped: contaminated"] = _report(rows, files, evaluations, out_dir)
         limit = _limit(rows.select_columns(["id", "split"]), validation_fraction)
         if limit is None:
             raise DataError(f"{', '.join(map(str, files))}: nothing to learn from is left, {json.dumps(counts)}")
+        if "answer" in columns.names and not _any_answer(rows):
+            columns = pa.schema([field for field in columns if field.name != "answer"])
         writers = {split: _Writer(out_dir / f"{split}.parquet", columns) for split in SPLITS}
         for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
             batch = batch.filter(pa.compute.is_valid(batch["id"]))
@@ -172,6 +189,17 @@ def _prepare(
     return manifest
 
 
+def _report(rows: ray.data.Dataset, files: Sequence[File], evaluations: Index, out_dir: Path) -> int:
+    """Write contaminated.jsonl; returns how many rows hold a passage of an evaluation."""
+    count, listed = 0, []
+    for batch in rows.select_columns(["file", "at", CONTAMINATED.name]).iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in batch.filter(pa.compute.is_valid(batch[CONTAMINATED.name])).to_pylist():
+            count += 1
+            listed += [{**passage, "in_file": row["file"], "in_at": row["at"]} for passage in json.loads(row[CONTAMINATED.name])]
+    write_report(out_dir / "contaminated.jsonl", files, listed, evaluations)
+    return count
+
+
 def _limit(rows: ray.data.Dataset, fraction: float) -> int | None:
     """Where to split the rows that name no split; None when there is no row at all."""
     ids, anything = [np.zeros(0, "V16")], False
@@ -183,46 +211,16 @@ def _limit(rows: ray.data.Dataset, fraction: float) -> int | None:
     return (validation_limit(unsplit, fraction) if len(unsplit) else 0) if anything else None
 
 
-def _messages(record: dict[str, Any]) -> list[Message]:
-    messages = record.get("messages")
-    good = (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
-    )
-    if not good:
-        raise Broken('no messages: {"messages": [{"role": "user", "content": "..."}]} is needed')
-    return [{"role": m["role"], "content": normalise(m["content"])} for m in messages or []]
-
-
 def _question(messages: list[Message]) -> str:
     """What stands before the first answer; rows that share it are on the same side of the split."""
     first = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
     return "\0".join(m["content"] for m in messages[:first])
 
 
-def _text(record: dict[str, Any], name: str) -> str:
-    text = record.get(name)
-    if not isinstance(text, str) or not text.strip():
-        raise Broken(f'no "{name}": a text is needed')
-    return normalise(text)
-
-
-def _ranking(record: dict[str, Any]) -> tuple[list[str], list[float]]:
-    """The answers, best first, and their scores."""
-    if "ranked" in record:
-        ranked = record["ranked"]
-        if not isinstance(ranked, list) or len(ranked) < 2:
-            raise Broken('"ranked" must be a list of two answers or more, best first')
-        texts = [_text({"ranked": text}, "ranked") for text in ranked]
-        scores = record.get("scores", list(range(len(texts) - 1, -1, -1)))
-    else:
-        texts = [_text(record, name) for name in ("chosen", "rejected")]
-        scores = [record.get("margin", 1), 0]
-    numbers = isinstance(scores, list) and all(isinstance(x, int | float) and math.isfinite(x) for x in scores)
-    if not numbers or len(scores) != len(texts) or sorted(scores, reverse=True) != scores:
-        raise Broken(f"scores {scores} for {len(texts)} answers: one number each is needed, descending; a margin is not negative")
-    return texts, [float(x) for x in scores]
+def _any_answer(rows: ray.data.Dataset) -> bool:
+    """Without answers there is no column for them: files without them keep their bytes, on which the sample order depends."""
+    batches = rows.select_columns(["answer"]).iter_batches(batch_size=None, batch_format="pyarrow")
+    return any(batch["answer"].null_count < len(batch) for batch in batches)
 
 
 class _Writer:
@@ -289,7 +287,7 @@ class Examples:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Row i by column: ids as int64 `[t]`, `mask` as bool `[t]`, `answers` as a list of ids, `scores` as float32 `[answers]`,
-        `answer` as text or None."""
+        `answer` as str or None (no row has it where no prompt came with one)."""
         row: dict[str, Any] = {}
         for field in self.table.schema:
             if field.type == pa.string():

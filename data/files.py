@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def sha256_of(path: Path) -> str:
@@ -13,13 +14,23 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def flush(file: BinaryIO) -> None:
+    """Have everything written so far on the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def partial_path(path: Path) -> Path:
+    """Where to write what will be `path`. Another name each time: a task of a driver that was killed may still be writing there too."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write, flush to disk, then rename into place: readers see the old file or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     with open(partial, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
     os.replace(partial, path)
 
 

@@ -5,9 +5,10 @@ merges. The merge that made a token is found by running BPE on its bytes with lo
 """
 
 from functools import lru_cache
-from itertools import pairwise
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from data.ranks import parts
 
 
 def tokenizer_json(ranks: dict[bytes, int], pattern: str, specials: dict[str, int]) -> str:
@@ -16,8 +17,10 @@ def tokenizer_json(ranks: dict[bytes, int], pattern: str, specials: dict[str, in
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
-            left, right = _last_merge(ranks, token, rank)
-            merges.append((_symbols(left), _symbols(right)))
+            halves = parts(ranks, token, rank)
+            if len(halves) != 2:
+                raise ValueError(f"token {token!r} of rank {rank} cannot be reached by merges")
+            merges.append((_symbols(halves[0]), _symbols(halves[1])))
     # Special tokens also stand in the vocabulary: added tokens get the next free ids otherwise, and p50k has one in the middle.
     hf = Tokenizer(models.BPE(vocab=vocab | specials, merges=merges, ignore_merges=True))
     hf.pre_tokenizer = pre_tokenizers.Sequence(
@@ -26,18 +29,6 @@ def tokenizer_json(ranks: dict[bytes, int], pattern: str, specials: dict[str, in
     hf.decoder = decoders.ByteLevel()
     hf.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in sorted(specials, key=specials.__getitem__)])
     return str(hf.to_str(pretty=False))
-
-
-def _last_merge(ranks: dict[bytes, int], token: bytes, rank: int) -> tuple[bytes, bytes]:
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, rank) for a, b in pairwise(parts)]
-        lowest = min(pairs)
-        if lowest >= rank:
-            raise ValueError(f"token {token!r} of rank {rank} cannot be reached by merges")
-        i = pairs.index(lowest)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
 
 
 def _symbols(token: bytes) -> str:

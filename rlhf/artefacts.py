@@ -61,9 +61,10 @@ MATTERS: dict[str, tuple[str, ...]] = {
 }
 
 # Keys inside those sections that change where, how safely or how often, but not what comes out.
-# `model.init`, the teachers, `tokenizer.extend` and `ppo.reward_function` count by the content of their files (see `inputs`).
+# `model.init`, the teachers, `tokenizer.extend`, `data.exclude` and `ppo.reward_function` count by the content of their files.
 NO_MATTER = {
     "data.cache_dir",
+    "data.exclude",
     "model.init",
     "tokenizer.extend",
     "pretrain.checkpoint_every",

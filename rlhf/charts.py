@@ -173,6 +173,30 @@ def timeline(trace: Mapping[str, Any]) -> str:
     return _inline(file.getvalue(), "Who worked when in one step")
 
 
+def bars(labels: Sequence[str], values: Mapping[str, Sequence[float]], unit: str) -> str:
+    """Bars as an `<svg>` element: one for each label, of the values of each name on top of each other, the first at the bottom."""
+    with _style():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9.6, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        below = np.zeros(len(labels))
+        for (name, heights), colour in zip(values.items(), (_FIRST, _LEVEL), strict=False):
+            axes.bar(range(len(labels)), heights, bottom=below, width=0.8, color=colour, alpha=0.85, lw=0, label=name)
+            below = below + np.array(heights, np.float64)
+        axes.set_xticks(range(len(labels)), labels)
+        axes.grid(axis="y", color=_GRID, lw=0.8)
+        axes.set_axisbelow(True)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.tick_params(which="both", colors=_FAINT, length=0, labelsize=8)
+        axes.annotate(unit, (0, 1), xycoords="axes fraction", xytext=(0, 7), textcoords="offset points", color=_FAINT, fontsize=9)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.985), ncols=3, frameon=False, fontsize=9, labelcolor=_FAINT)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(file.getvalue(), unit)
+
+
 def picture(rows: Mapping[str, Rows], summary: Mapping[str, Any], path: Path) -> Path:
     """The four key curves as one PNG; a curve that the run does not have is left empty and says so."""
     with _style():
@@ -187,6 +211,30 @@ def picture(rows: Mapping[str, Rows], summary: Mapping[str, Any], path: Path) ->
                 axes.text(0.5, 0.5, "not there yet", ha="center", va="center", color=_ON_WHITE[_FAINT], transform=axes.transAxes)
                 axes.set_axis_off()
             axes.set_title(chart.title, loc="left", color=_ON_WHITE[_INK], fontsize=11, fontweight="bold", pad=18)
+        figure.savefig(path, format="png", facecolor="white", metadata={"Software": None})
+    return path
+
+
+def spelling(rows: Sequence[tuple[str, Mapping[str, float]]], path: Path) -> Path:
+    """Bytes per token as one PNG: a group of bars for each row (its label, and a value per vocabulary)."""
+    with _style():
+        from matplotlib.figure import Figure
+
+        names = list(rows[0][1])
+        figure = Figure(figsize=(9.6, 0.9 + len(rows) * (0.2 + 0.2 * len(names))), dpi=150, layout="constrained")
+        axes, height = figure.add_subplot(), 0.8 / len(names)
+        shades = [_ON_WHITE[c] for c in (_FIRST, _LEVEL, _SECOND)]
+        for number, name in enumerate(names):
+            places = [row + (number + 0.5) * height - 0.4 for row in range(len(rows))]
+            values = [of[name] for _, of in rows]
+            axes.barh(places, values, height=0.9 * height, color=shades[number % 3], alpha=1 / (1 + number // 3), lw=0, label=name)
+            for place, value in zip(places, values, strict=True):
+                axes.text(value, place, f" {value:.2f}", va="center", color=_ON_WHITE[_INK], fontsize=7)
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, 1.06 * max(value for _, of in rows for value in of.values()))
+        axes.set_xlabel("bytes per token")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         figure.savefig(path, format="png", facecolor="white", metadata={"Software": None})
     return path
 

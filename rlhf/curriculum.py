@@ -6,23 +6,28 @@
 
 A source's windows come in an order of its own (`data/order.py`), and every phase goes on in it where the last one of the same window
 length stopped: nothing is seen twice before all of the source has been seen. How many windows of each source a phase
-has had is exact after every window (`data/mixture.py`). Where no phase asks for weights, sources are not told apart, and
-phases of one length take the windows that `pretrain.steps` would take.
+has had is exact after every window (`data/mixture.py`), also while weights move (`weights_to`). A phase of `bins` has an order of its
+own and begins anew. Where no phase asks for weights or bins, sources are not told apart, and phases of one length take the windows
+that `pretrain.steps` would take.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from data.errors import DataError
-from data.mixture import Mixture, Source, sources
+from data.mixture import Buckets, Category, Mixture, Order, Ramp, Source, categories, sources
 from data.order import sample_index
 from data.packing import Sample
 from data.shards import TokenShards
-from rlhf.recipe import Phase, Pretrain
+from rlhf.recipe import Pretrain
+from rlhf.recipe_data import Phase
 from rlhf.training import Unit, Units
 
+Text = Source | Category
 SHOWN = 6  # sources named in a line; a corpus may have hundreds
 
 
@@ -31,12 +36,12 @@ def of(config: Pretrain, seed: int, folder: Path) -> "Curriculum | None":
     if config.phases is None:
         return None
     shards = TokenShards(folder / "train")
-    if all(phase.weights is None for phase in config.phases):
+    if all(phase.weights is None and phase.bins is None for phase in config.phases):
         return Curriculum(config, seed, shards, [Source("", 0, shards.tokens, shards.bytes_of_text)])
     found = sources(folder, "train")
     if not found:
         raise DataError(f"{folder}: an earlier version prepared it, without noting which text is whose; remove {folder.parent}")
-    return Curriculum(config, seed, shards, found)
+    return Curriculum(config, seed, shards, found if config.mix_by == "source" else categories(folder, "train", shards.ends))
 
 
 @dataclass(frozen=True)
@@ -49,39 +54,41 @@ class Planned:
     windows: list[int]  # that each source has at this length
     before: list[int]  # windows of this length that earlier phases took of each source
     tokens_before: list[int]  # tokens that earlier phases took of each source
-    mixture: Mixture
+    mixture: Order
 
 
 class Curriculum:
-    def __init__(self, config: Pretrain, seed: int, shards: TokenShards, sources: list[Source]) -> None:
-        """`sources`: runs of the stream of `shards`; a single one of all tokens is in the order of plain steps.
+    def __init__(self, config: Pretrain, seed: int, shards: TokenShards, sources: Sequence[Text]) -> None:
+        """`sources`: texts of the stream of `shards`; a single one of all tokens is in the order of plain steps.
 
         Raises DataError when a phase gives weight to a source without a window.
         """
         self.seed, self.batch, self.sources = seed, config.global_batch, sources
         whole = len(sources) == 1 and sources[0].tokens == shards.tokens
-        self.hashes = [shards.manifest_hash if whole else f"{shards.manifest_hash}/{s.start}-{s.stop}" for s in sources]
+        self.hashes = [shards.manifest_hash if whole else f"{shards.manifest_hash}/{s.key}" for s in sources]
         self.phases: list[Planned] = []
         step, tokens = 0, [0] * len(sources)
         taken: dict[int, list[int]] = {}  # by window length
         for number, phase in enumerate(config.phases or [], start=1):
             length = phase.sequence_length or config.sequence_length
             held = [source.tokens // length for source in sources]
-            weights = held if phase.weights is None else [phase.weights.get(source.name, 0) for source in sources]
             self._check_text(number, phase, length, dict(zip((s.name for s in sources), held, strict=True)))
             places = phase.steps * config.global_batch
-            planned = Planned(phase, step, length, held, taken.get(length, [0] * len(sources)), tokens, Mixture(weights, places))
+            before = taken.get(length, [0] * len(sources)) if phase.bins is None else [0] * len(sources)
+            planned = Planned(phase, step, length, held, before, tokens, _order(phase, [s.name for s in sources], held, places))
             self.phases.append(planned)
             counts = planned.mixture.counts(places)
-            taken[length] = [a + b for a, b in zip(planned.before, counts, strict=True)]
+            if phase.bins is None:
+                taken[length] = [a + b for a, b in zip(before, counts, strict=True)]
             tokens = [a + length * b for a, b in zip(tokens, counts, strict=True)]
             step += phase.steps
         self.steps = step
         blocks = [(length, source) for length in dict.fromkeys(p.length for p in self.phases) for source in range(len(sources))]
-        of_blocks = [windows(shards, length, sources[source].start, sources[source].stop) for length, source in blocks]
+        of_blocks = [windows(shards, length, sources[source]) for length, source in blocks]
         self.units = joined(of_blocks)
         starts = np.cumsum([0, *(len(units.lengths) for units in of_blocks)])
         self._first_unit = {block: int(start) for block, start in zip(blocks, starts, strict=False)}
+        self._blocks, self._starts = blocks, starts
 
     def ids(self, step: int) -> list[int]:
         """The units of one optimizer step: a function of seed, step and data alone."""
@@ -92,9 +99,27 @@ class Curriculum:
         ids = np.empty(self.batch, np.int64)
         for s, e in {(int(s), int(e)) for s, e in zip(source, epoch, strict=True)}:
             here = (source == s) & (epoch == e)
-            found = sample_index(self.seed, e, place[here], planned.windows[s], self.hashes[s])
-            ids[here] = self._first_unit[planned.length, s] + found
+            ids[here] = self._first_unit[planned.length, s] + self._permuted(planned, s, e, place[here])
         return ids.tolist()
+
+    def _permuted(self, planned: Planned, source: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Which of a source's windows stand at these places of an epoch."""
+        if not isinstance(planned.mixture, Buckets):
+            return sample_index(self.seed, epoch, places, planned.windows[source], self.hashes[source])
+        starts = np.array(planned.mixture.starts[source])
+        bins, found = np.searchsorted(starts, places, side="right") - 1, np.empty_like(places)
+        for b in np.unique(bins):
+            start, stop, here = int(starts[b]), int(starts[b + 1]), bins == b
+            name = f"{self.hashes[source]}/{start}-{stop}"
+            found[here] = start + sample_index(self.seed, epoch, places[here] - start, stop - start, name)
+        return found
+
+    def spans(self, unit: int) -> list[tuple[int, int]]:
+        """Where in the token stream a unit is: one run, or one for each document of a category."""
+        block = int(np.searchsorted(self._starts, unit, side="right")) - 1
+        length, source = self._blocks[block]
+        start = (unit - int(self._starts[block])) * length
+        return self.sources[source].spans(start, start + length)
 
     def metrics(self, done: int) -> dict[str, float]:
         """Which phase step `done` (from 1) was in, and each source's share of all tokens seen so far."""
@@ -112,10 +137,10 @@ class Curriculum:
         if step != planned.first:
             return ""
         which = f"phase {self.phases.index(planned) + 1} of {len(self.phases)}: steps {step + 1:,} to {step + planned.phase.steps:,}"
-        seen, total = self._epochs(planned), planned.mixture.period
+        seen = self._epochs(planned)
         if len(self.sources) == 1:
             return f"{which}, windows of {planned.length} tokens, {seen[0]:.3g} epochs"
-        shares = {s: part / total for s, part in enumerate(planned.mixture.parts) if part}
+        shares = {s: float(share) for s, share in enumerate(planned.mixture.shares) if share}
         texts = [f"{self.sources[s].name} {share:.3g} of the tokens ({seen[s]:.3g} epochs)" for s, share in _largest(shares)]
         return f"{which}, windows of {planned.length} tokens: {_listed(texts, len(shares))}"
 
@@ -133,7 +158,7 @@ class Curriculum:
                 if most is None or seen <= most:
                     continue
                 room = most * planned.windows[s]  # windows
-                steps = int(room * planned.mixture.period / (planned.mixture.parts[s] * self.batch))
+                steps = int(Fraction(room) / (planned.mixture.shares[s] * self.batch))
                 share = int(1000 * room / (planned.phase.steps * self.batch)) / 1000
                 or_share = f", or its share of the tokens to {share:g}" if len(self.sources) > 1 else ""
                 raise DataError(
@@ -143,7 +168,9 @@ class Curriculum:
                 )
 
     def _check_text(self, number: int, phase: Phase, length: int, held: dict[str, int]) -> None:
-        for name in phase.weights or {}:
+        for name in {**(phase.weights or {}), **(phase.weights_to or {})}:
+            if name not in held:
+                raise DataError(f"pretrain.phases: phase {number} gives weight to {name}; there is {_listed(list(held)[:20], len(held))}")
             if not held.get(name):
                 raise DataError(
                     f"pretrain.phases: phase {number} gives weight to {name}, which has no window of {length} tokens to train on "
@@ -160,21 +187,33 @@ class Curriculum:
         return [count / windows if windows else 0.0 for count, windows in zip(counts, planned.windows, strict=True)]
 
 
-def windows(shards: TokenShards, length: int, start: int = 0, stop: int | None = None) -> Units:
-    """Tokens [start, stop) of the stream in windows of `length`; documents within one are segments of their own."""
-    stop = shards.tokens if stop is None else stop
+def _order(phase: Phase, names: list[str], held: list[int], places: int) -> Order:
+    if phase.bins is not None:
+        return Buckets(held, phase.bins)
+    if phase.weights is None:
+        return Mixture(held, places)
+    weights = [phase.weights.get(name, 0) for name in names]
+    return (
+        Mixture(weights, places) if phase.weights_to is None else Ramp(weights, [phase.weights_to.get(name, 0) for name in names], places)
+    )
 
-    def span(i: int) -> tuple[int, int]:
-        return start + i * length, start + (i + 1) * length
+
+def windows(shards: TokenShards, length: int, text: Text | None = None) -> Units:
+    """A text of the stream, or all of it, in windows of `length`; documents within one are segments of their own."""
+    of = Source("", 0, shards.tokens, 0) if text is None else text
 
     def window(i: int) -> Unit:
-        tokens, lengths = shards.span(*span(i))
-        return [Sample(tokens, np.ones(length, np.float32), lengths=lengths)]
+        places = of.spans(i * length, (i + 1) * length)
+        spans = [shards.span(*place) for place in places]
+        weights = np.concatenate([shards.learned(*place) for place in places]).astype(np.float32)
+        lengths = [segment for _, segments in spans for segment in segments]
+        return [Sample(np.concatenate([tokens for tokens, _ in spans]), weights, lengths=lengths)]
 
     def documents(i: int) -> list[str]:
-        return [f"document {name[:12]} of {shards.folder}" for name in shards.document_ids(*span(i))]
+        names = [name for span in of.spans(i * length, (i + 1) * length) for name in shards.document_ids(*span)]
+        return [f"document {name[:12]} of {shards.folder}" for name in names]
 
-    return Units([length] * ((stop - start) // length), window, shards.manifest_hash, documents)
+    return Units([length] * (of.tokens // length), window, shards.manifest_hash, documents)
 
 
 def joined(parts: list[Units]) -> Units:

@@ -198,10 +198,9 @@ def extend_vocabulary(model: PreTrainedModel, old: Tokenizer, new: Tokenizer) ->
     if new.vocab_size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(new.vocab_size, mean_resizing=False)
     tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for token in range(old.vocab_size, new.vocab_size):
-        spelled = old.encode(new.token_bytes(token).decode())
+    for token in sorted(i for i in new.starts if i >= old.vocab_size):  # in their order: one may be spelled by those before it
         for table in tables.values():
-            table[token] = table[spelled].mean(0)
+            table[token] = table[new.starts[token]].mean(0)
 
 
 def load_reward_model(path: str | Path, heads: int = 1, seed: int = 0) -> PreTrainedModel:

@@ -142,7 +142,7 @@ def outside_inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
     from rlhf.stage_data import source_digest
 
     data = recipe.data
-    sources = dict.fromkeys([*data.pretrain, *data.sft, *data.preferences, *data.prompts])
+    sources = dict.fromkeys([*data.pretrain, *data.sft, *data.preferences, *data.prompts, *data.decontaminate.against])
     found: dict[str, dict[str, str]] = {"data": {s: source_digest(s) for s in sources}}
     if recipe.model.init is not None:
         model = Path(recipe.model.init).expanduser()
@@ -150,6 +150,10 @@ def outside_inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
         if recipe.tokenizer.encoding == "model":
             names = [n for n in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja") if (model / n).exists()]
             found["data"] |= {f"model.init/{n}": artefacts.digest(model / n) for n in names}
+    for run in data.earlier:
+        found["data"][f"data.earlier/{run}"] = artefacts.digest(Path(run).expanduser() / "data" / "pretrain" / "train" / "manifest.json")
+    if data.exclude is not None:
+        found["data"]["data.exclude"] = artefacts.digest(Path(data.exclude).expanduser())
     if recipe.tokenizer.extend is not None:
         found["data"]["tokenizer.extend"] = artefacts.digest(Path(recipe.tokenizer.extend).expanduser())
     if (function := recipe.ppo.reward_function) is not None:

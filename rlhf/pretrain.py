@@ -49,7 +49,7 @@ def task(recipe: Recipe, inputs: dict[str, Path], report: Report) -> Task:
         if recipe.model.init is None:
             return LanguageModel(new_causal_lm(recipe.model, tokenizer.vocab_size, tokenizer.end_of_text, recipe.seed))
         found = load_causal_lm(recipe.model.init)
-        if recipe.tokenizer.extend is not None:
+        if recipe.tokenizer.extend is not None or recipe.tokenizer.extend_from_corpus:
             extend_vocabulary(found, from_model(Path(recipe.model.init)), tokenizer)
         return LanguageModel(found)
 

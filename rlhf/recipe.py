@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rlhf.model_sizes import PRESETS
-from rlhf.recipe_base import Lora, Optimizer, Section, Source, key
-from rlhf.recipe_data import Data, Tokenizer
+from rlhf.recipe_base import Lora, Optimizer, Section, key
+from rlhf.recipe_data import Data, Phase, Tokenizer
 from rlhf.recipe_ppo import Ppo, disagreements
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # that vLLM's attention has kernels for, on CPUs too
@@ -104,30 +104,15 @@ class Training(Optimizer):
     checkpoint_every: int = key(50, "Steps between two checkpoints.", unit="steps", ge=1)
 
 
-class Phase(Section):
-    steps: int = key(..., "Optimizer steps of this phase.", unit="steps", ge=1)
-    weights: dict[Source, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = key(
-        None,
-        "Share of the tokens by source, named as in data.pretrain; shares count relative to each other, sources without one are left out. "
-        "Default: all, by their size.",
-        min_length=1,
-    )
-    sequence_length: int | None = key(None, "Tokens of one window in this phase. Default: pretrain.sequence_length.", unit="tokens", ge=16)
-    max_epochs: float | None = key(
-        None,
-        "Training does not start when this phase would show a source more often; up to 4 passes are nearly as good as new text.",
-        unit="epochs",
-        gt=0,
-        source="arXiv:2305.16264",
-    )
-
-
 class Pretrain(Training):
     steps: int = key(400, "Optimizer steps; 0 takes the model of `model.init` as it is.", unit="steps", ge=0)
     phases: list[Phase] | None = key(
         None,
         "Instead of `steps`: phases with mixtures of their own, each going on where the one before ended, under one schedule.",
         min_length=1,
+    )
+    mix_by: Literal["source", "category"] = key(
+        "source", "What the phases' weights name: the sources, or the `category` of their rows; rows without one go by their source."
     )
     embeddings_only_steps: int = key(
         0, "For so many steps only the embeddings (and the output layer) learn, so that new tokens find their place.", unit="steps", ge=0
@@ -351,8 +336,11 @@ class Recipe(Section):
                 wrong.append(f"ppo.groups.rollout.tensor_parallel = {parts} must divide model.heads = {self.model.heads}")
             if self.tokenizer.encoding == "model":
                 wrong.append("tokenizer.encoding = model needs model.init")
-        if self.tokenizer.extend is not None and self.tokenizer.encoding != "model":
-            wrong.append("tokenizer.extend needs tokenizer.encoding = model: a vocabulary of one's own learns its words from the texts")
+        for name in ("extend", "extend_from_corpus"):
+            if getattr(self.tokenizer, name) and self.tokenizer.encoding == "train":
+                wrong.append(
+                    f"tokenizer.{name} needs a ready tokenizer.encoding: a vocabulary of one's own learns its words from the texts"
+                )
         answer = ("ppo.max_prompt_tokens + ppo.max_response_tokens", self.ppo.max_prompt_tokens + self.ppo.max_response_tokens)
         fits = [
             (window, longest, "pretrain"),
@@ -383,8 +371,13 @@ class Recipe(Section):
     def _unknown_sources(self) -> list[str]:
         """Weights can only be given to what data.pretrain lists."""
         wrong = []
-        for number, phase in enumerate(self.pretrain.phases or [], start=1):
-            for source in phase.weights or {}:
+        phases = self.pretrain.phases or []
+        if self.pretrain.mix_by == "category":
+            if all(phase.weights is None and phase.bins is None for phase in phases):
+                wrong.append("pretrain.mix_by would have no effect: no phase has weights or bins")
+            return wrong
+        for number, phase in enumerate(phases, start=1):
+            for source in {**(phase.weights or {}), **(phase.weights_to or {})}:
                 if source not in self.data.pretrain:
                     near = max(self.data.pretrain, key=lambda known: max(_alike(source, known), _alike(source, known.rpartition("/")[2])))
                     what = f"phase {number} gives weight to {source!r}, which data.pretrain does not list (did you mean {near!r}?)"

@@ -19,6 +19,7 @@ from rlhf.errors import RecipeError
 from rlhf.recipe import Recipe
 from rlhf.recipe_keys import nearest_key, section_at
 from rlhf.recipe_ppo import idle
+from rlhf.recipe_quality import unused_rules
 from rlhf.rewards import problem as reward_problem
 
 KeyPath = tuple[str | int, ...]
@@ -176,10 +177,13 @@ def _idle_keys(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
     found: dict[tuple[str, ...], str] = {}
     if model.get("init") is not None:
         found |= {("model", k): "model.init brings a model of its own" for k in section_at(("model",)).model_fields if k != "init"}
+    found |= {("data", "quality", *path): why for path, why in unused_rules(_section(values, "data").get("quality")).items()}
     if tokenizer.get("encoding", "train") != "train":
         found["tokenizer", "vocab_size"] = "tokenizer.encoding names a ready vocabulary"
     if _section(values, "pretrain").get("phases") is not None:
         found["pretrain", "steps"] = "pretrain.phases have steps of their own"
+    if not _section(values, "data", "decontaminate").get("against"):
+        found["data", "decontaminate", "ngram"] = "data.decontaminate.against names no evaluation"
     method = adapter.get("method", "none")
     thin = ["rank", "alpha", "dropout", "targets"]
     of_method = {"none": [*thin, "virtual_tokens"], "p_tuning_v2": thin, "lora": ["virtual_tokens"], "qlora": ["virtual_tokens"]}
@@ -208,12 +212,12 @@ def _missing_files(values: dict[str, Any]) -> list[Problem]:
 
     problems: list[Problem] = []
     data = _section(values, "data")
-    for key in ("pretrain", "sft", "preferences", "prompts"):
-        sources = data.get(key)
+    for path in (("pretrain",), ("sft",), ("preferences",), ("prompts",), ("decontaminate", "against")):
+        sources = _section(data, *path[:-1]).get(path[-1])
         for i, source in enumerate(sources if isinstance(sources, list) else []):
             what = problem(source) if isinstance(source, str) else None
             if what:
-                problems.append(Problem(("data", key, i), f": {what}"))
+                problems.append(Problem(("data", *path, i), f": {what}"))
     directories: list[tuple[tuple[str, ...], str]] = [(("model",), "init"), (("sft", "distill"), "teacher")]
     if values.get("align") == "distill":  # a recipe may hold the settings of several ways to align
         directories.append((("distill",), "teacher"))
@@ -221,6 +225,12 @@ def _missing_files(values: dict[str, Any]) -> list[Problem]:
         directory = _section(values, *section).get(name)
         if isinstance(directory, str) and not Path(directory).expanduser().is_dir():
             problems.append(Problem((*section, name), f"is no directory: {directory}"))
+    for i, run in enumerate(runs if isinstance(runs := data.get("earlier"), list) else []):
+        if isinstance(run, str) and not (Path(run).expanduser() / "data" / "pretrain" / "train" / "manifest.json").is_file():
+            problems.append(Problem(("data", "earlier", i), f": no run whose pretraining texts are ready: {run}"))
+    exclude = _section(values, "data").get("exclude")
+    if isinstance(exclude, str) and not Path(exclude).expanduser().is_file():
+        problems.append(Problem(("data", "exclude"), f"is no file: {exclude}"))
     function = _section(values, "ppo").get("reward_function")
     if isinstance(function, str) and (what := reward_problem(function)):
         problems.append(Problem(("ppo", "reward_function"), f": {what}"))

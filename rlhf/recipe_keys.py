@@ -94,8 +94,12 @@ def section_at(where: tuple[str | int, ...]) -> type[Section]:
 
 
 def _section_type(field: FieldInfo) -> type[Section] | None:
-    """The section behind a key: its own, or that of each item of a list."""
-    for kind in (field.annotation, *(inner for outer in get_args(field.annotation) for inner in get_args(outer))):
+    """The section behind a key: its own, or that of each item of a list; either may also be null."""
+    for kind in (
+        field.annotation,
+        *get_args(field.annotation),
+        *(inner for outer in get_args(field.annotation) for inner in get_args(outer)),
+    ):
         if isinstance(kind, type) and issubclass(kind, Section):
             return kind
     return None
@@ -105,7 +109,7 @@ def _key(name: str, field: FieldInfo, default: Any) -> Key:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     unit, source = str(extra.get("unit", "")), str(extra.get("source", ""))
     if _section_type(field):
-        kind = "section" if isinstance(field.annotation, type) else "list of sections"
+        kind = "list of sections" if any(get_origin(a) is list for a in (field.annotation, *get_args(field.annotation))) else "section"
         return Key(name, field.description or "", kind, None, unit, "", source)
     shown = "required" if field.is_required() else _text(default)
     return Key(name, field.description or "", _type(field.annotation), shown, unit, _limits(field), source, str(extra.get("values", "")))
@@ -117,6 +121,8 @@ def _text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_text(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_text(v)}" for k, v in value.items()) + "}"
     return "null" if value is None else str(value)
 
 

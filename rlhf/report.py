@@ -55,6 +55,7 @@ class Stage:
     took: str
     share: float  # of the time of all stages, 0..1
     hash: str
+    page: str  # a page of its own, beside the run's; "" for none
     charts: list[tuple[str, Markup]]  # title, svg
     wide: list[tuple[str, Markup]]  # the same, over the whole width
 
@@ -231,6 +232,7 @@ def stages(run_dir: Path, summary: Summary) -> list[Stage]:
                 duration(seconds) if manifest else "",
                 seconds / total,
                 ((manifest or started or {}).get("hash") or "")[:12],
+                f"{name}/report.html" if (out / "report.html").exists() else "",
                 [(title, Markup(svg)) for title, svg in drawn if svg],  # safe: drawn from constants and numbers
                 [(title, Markup(svg)) for title, svg in wide],
             )

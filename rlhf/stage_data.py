@@ -8,14 +8,19 @@ The work is `data`'s; here the recipe is handed to it and its counts are reporte
 so a stopped stage keeps the parts that are whole.
 """
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+from data.files import write_json
+from data.stores import File
 from rlhf.artefacts import digest, read_json
 from rlhf.errors import RecipeError
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe
 
+PLAN = "plan.json"  # of a run: what `roundhouse data plan` predicted
 PARTS = ("pretrain", "sft", "preferences", "prompts")
 
 
@@ -23,24 +28,34 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     """Raises DataError for sources that cannot be used, RecipeError for a vocabulary that the model has no room for."""
     from data import examples, tokenizers
     from data.pipeline import prepare_text
+    from rlhf import data_report  # jinja and matplotlib
 
-    limits = {"validation_fraction": recipe.data.validation_fraction, "max_broken_fraction": recipe.data.max_broken_fraction}
+    limits: dict[str, Any] = {
+        "validation_fraction": recipe.data.validation_fraction,
+        "max_broken_fraction": recipe.data.max_broken_fraction,
+        "evaluations": _evaluations(recipe),
+    }
     made = {part: read_json(out / part / "manifest.json") for part in PARTS}
 
     monitor.progress(0, len(PARTS), "pretraining texts")
     if made["pretrain"] is None or not (out / "tokenizer" / "tokenizer.json").is_file():
         ready = _ready_tokenizer(recipe)
         source_of = _source_of(recipe, recipe.data.pretrain)
-        tokenizer = prepare_text(
+        prepare_text(
             list(source_of),
-            recipe.tokenizer.vocab_size if ready is None else ready,
+            ready,
             out / "pretrain",
             shard_tokens=recipe.data.shard_tokens,
-            more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction),
+            more_texts=examples.training_texts(_files(recipe, recipe.data.sft), recipe.data.validation_fraction, recipe.data.fields),
             source_of=list(source_of.values()),
+            steps=_steps(recipe),
+            earlier=[Path(run).expanduser().absolute() / "data" / "pretrain" for run in recipe.data.earlier],
+            part_bytes=recipe.data.part_bytes,
+            tokenizer_dir=out / "tokenizer",
+            watch=monitor.progress,
             **limits,
         )
-        tokenizer.save(out / "tokenizer")
+    shutil.rmtree(out / "pretrain" / "work", ignore_errors=True)  # a kill between the manifest and the end leaves it
     tokenizer = tokenizers.load(out / "tokenizer")
     text = _report_part(monitor, out, "pretrain")
     for split in ("train", "validation"):
@@ -63,10 +78,14 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             continue
         monitor.progress(number, len(PARTS), part)
         if (made[part] or {}).get("tokenizer") != tokenizer.fingerprint:
-            prepare(_files(recipe, sources), tokenizer, out / part, max_tokens=max_tokens, **limits)
+            prepare(_files(recipe, sources), tokenizer, out / part, max_tokens=max_tokens, fields=recipe.data.fields, **limits)
         counts = _report_part(monitor, out, part)
         for split in ("train", "validation"):
             monitor.result(f"{part}_{split}", counts[split]["rows"])
+    checked = _checked_prediction(out, text)
+    for figure in checked:
+        monitor.result(f"data/predicted/{figure['name']}", figure["predicted"])
+    data_report.write(out, recipe, checked)
     if recipe.ppo.reward_function is not None:
         from rlhf.verifier import answers_of
 
@@ -74,49 +93,122 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     monitor.progress(len(PARTS), len(PARTS))
 
 
+def predict(recipe: Recipe, share: float) -> dict[str, float]:
+    """What preparing the pretraining text will take and give, from a dry run over `share` of it; kept in RUN/plan.json.
+
+    The full run of the same recipe and inputs says how good the prediction was.
+    """
+    from data import dry_run
+    from rlhf import artefacts, pipeline
+
+    files, tokenizer = _files(recipe, recipe.data.pretrain), _ready_tokenizer(recipe)
+    figures = dry_run.predict(files, tokenizer, _steps(recipe), share, _evaluations(recipe))
+    run_dir = pipeline.run_directory(recipe)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    identity = artefacts.identities(recipe, pipeline.outside_inputs(recipe))["data"]
+    write_json(run_dir / PLAN, {"hash": identity.hash, "share": share, "figures": figures})
+    return figures
+
+
+def _checked_prediction(out: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """{"name", "predicted", "found"} of every figure that a dry run of the same things predicted."""
+    from data import dry_run
+
+    plan, started = read_json(out.parent / PLAN), read_json(out / "started.json")
+    costs = read_json(out / "pretrain" / "costs.json")
+    if plan is None or started is None or costs is None or plan["hash"] != started["hash"]:
+        return []
+    found = dry_run.found(manifest, costs)
+    return [{"name": name, "predicted": plan["figures"][name], "found": value} for name, value in found.items()]
+
+
 def source_digest(source: str) -> str:
-    """What is behind a source, as a short text: of the catalogue its pinned package, of files their content.
+    """What is behind a source, as a short text: of the catalogue its pinned package, of files their content, of an object store's
+    their size and time.
 
     Nothing is fetched.
     """
     from data.catalog import CATALOG, resolve
+    from data.stores import stamp
 
     name, colon, _ = source.partition(":")
     if colon and (base := name.partition("?")[0]) in CATALOG:  # options stand in the recipe itself
         dataset = CATALOG[base]
         return f"{dataset.package.name} {dataset.package.version} {dataset.package.sha256} {dataset.version}"
-    return " ".join(digest(path) for path in resolve(source, ""))
+    return " ".join(digest(file) if isinstance(file, Path) else stamp(file) for file in resolve(source, ""))
+
+
+def _steps(recipe: Recipe) -> Any:
+    """What the recipe wants done to pretraining texts."""
+    from data.cleaning import Cleaning
+    from data.refine import Steps
+
+    return Steps(
+        exclude=frozenset(_ids(Path(recipe.data.exclude).expanduser())) if recipe.data.exclude else frozenset(),
+        fields=tuple(recipe.data.fields.items()),
+        near_duplicates=recipe.data.near_duplicates,
+        cleaning=Cleaning(**recipe.data.clean.model_dump() | {"pii": tuple(recipe.data.clean.pii)}),
+        quality=recipe.data.quality.rules() if recipe.data.quality else None,
+    )
+
+
+def _ids(path: Path) -> list[bytes]:
+    """The document ids in a text file, one a line. Raises RecipeError naming the line that is none."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not re.fullmatch("[0-9a-fA-F]{32}", line.strip()):
+            raise RecipeError(f"{path} line {number}: a document's id is 32 hexadecimal digits, this is {line[:60]!r}")
+        found.append(bytes.fromhex(line.strip()))
+    return found
 
 
 def _ready_tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer that the recipe names; None when one is to be learned from the texts."""
+    """What `prepare_text` takes: the tokenizer that the recipe names, one that grows by the texts, or a size to learn."""
     from data import tokenizers
+    from data.vocabulary import Growth
 
-    encoding = recipe.tokenizer.encoding
+    wanted, encoding = recipe.tokenizer, recipe.tokenizer.encoding
     if encoding == "train":
-        return None
+        return wanted.vocab_size
     if encoding == "model":
         if recipe.model.init is None:
             raise RecipeError("tokenizer.encoding = model needs model.init")
-        found = tokenizers.from_model(Path(recipe.model.init).expanduser())
-        if recipe.tokenizer.extend is None:
-            return found
-        return found.extended(tokenizers.read_pieces(Path(recipe.tokenizer.extend).expanduser()))
-    return tokenizers.named(encoding, Path(recipe.data.cache_dir).expanduser())
+        folder = Path(recipe.model.init).expanduser()
+        found = tokenizers.load(folder) if wanted.extend_from_corpus else tokenizers.from_model(folder)
+    else:
+        found = tokenizers.named(encoding, Path(recipe.data.cache_dir).expanduser())
+    if wanted.extend is not None:
+        found = found.extended(tokenizers.read_pieces(Path(wanted.extend).expanduser()))
+    if not wanted.extend_from_corpus:
+        return found
+    if not isinstance(found, tokenizers.BytePairTokenizer):
+        raise RecipeError(
+            "tokenizer.extend_from_corpus counts what byte pairs of a vocabulary join, and this model's tokenizer does not keep its ranks: "
+            "give the words yourself (tokenizer.extend), or start from a model that roundhouse made"
+        )
+    return Growth(found, wanted.extend_from_corpus)
 
 
-def _files(recipe: Recipe, sources: list[str]) -> list[Path]:
+def _evaluations(recipe: Recipe) -> Any:
+    """The index of what must not be trained on; None when the recipe names nothing."""
+    from data.decontamination import index_of
+
+    asked = recipe.data.decontaminate
+    return index_of(_files(recipe, asked.against), asked.ngram) if asked.against else None
+
+
+def _files(recipe: Recipe, sources: list[str]) -> list[File]:
     return list(_source_of(recipe, sources))
 
 
-def _source_of(recipe: Recipe, sources: list[str]) -> dict[Path, str]:
+def _source_of(recipe: Recipe, sources: list[str]) -> dict[File, str]:
     """The files of all sources, each with the first that has it. Absolute: Ray's workers have working directories of their own."""
     from data.catalog import resolve
 
-    found: dict[Path, str] = {}
+    found: dict[File, str] = {}
     for source in sources:
         for path in resolve(source, recipe.data.cache_dir):
-            found.setdefault(path.absolute(), source)
+            found.setdefault(path.absolute() if isinstance(path, Path) else path, source)
     return found
 
 
@@ -127,7 +219,7 @@ def _report_part(monitor: Monitor, out: Path, part: str) -> dict[str, Any]:
     if manifest["broken"]:
         monitor.say(f"{part}: {manifest['broken']} of {manifest['rows']} rows are broken and left out, see {out / part / 'broken.jsonl'}")
     for reason, count in manifest.items():
-        if reason.startswith("dropped: "):
+        if reason.startswith("dropped: ") and count:
             monitor.say(f"{part}: {count} of {manifest['rows']} left out, {reason.removeprefix('dropped: ')}")
     monitor.result(f"{part}_broken", manifest["broken"])
     return manifest

@@ -53,6 +53,12 @@ def test_data_list() -> None:
     assert "sotu" in mistake("data", "get", "sotuu")
 
 
+def test_data_export_and_vocab_report_tell_what_they_cannot(tmp_path: Path) -> None:
+    assert "--to hf: the one other format is megatron" in mistake("data", "export", "nowhere", str(tmp_path), "--to", "hf")
+    assert "no manifest.json" in mistake("data", "export", str(tmp_path), str(tmp_path / "out"))
+    assert "no encoding is called 'gpt5'" in mistake("data", "vocab-report", str(tmp_path / "x.txt"), "--tokenizers", "gpt5")
+
+
 def test_mistakes_in_a_recipe(recipe_path: Path, tmp_path: Path) -> None:
     message = mistake("run", str(recipe_path), "ppo.kl_coeff=1", "pretrain.steps=none", "data.sft=[nowhere.jsonl]")
     assert message.startswith(f"error {recipe_path} has 3 problems:\n")

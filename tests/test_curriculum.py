@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,12 +22,13 @@ from cluster.training import Report
 from data.errors import DataError
 from data.files import sha256_of, write_json
 from data.order import batch_indices, sample_index
-from data.shards import Document, ShardWriter
+from data.shards import Document, ShardWriter, TokenShards
 from data.tokenizers import train as train_tokenizer
 from rlhf import curriculum, pretrain
 from rlhf.curriculum import Curriculum
 from rlhf.models import Batch
 from rlhf.recipe import Pretrain, Recipe
+from rlhf.recipe_data import Phase
 from rlhf.training import Task, worker
 
 SIZES = {"web": 2600, "code": 910, "qa": 335}  # training tokens; a tenth as many are held out
@@ -155,6 +158,101 @@ def test_phases_without_weights_take_what_plain_steps_take(data: Path) -> None:
     assert [plan.ids(step) for step in [*range(160), *range(170, 210)]] == plain
     assert all(plan.units.lengths[unit] == 64 for step in range(160, 170) for unit in plan.ids(step))
     assert curriculum.of(Pretrain(steps=9), 0, data / "pretrain") is None
+
+
+def test_weights_move_on_a_line_and_the_next_phase_goes_on(data: Path) -> None:
+    plan = of(data, {"steps": 40, "weights": {"web": 1}, "weights_to": {"qa": 3, "code": 1}}, {"steps": 4, "weights": {"qa": 1}})
+    counts, seen = Counter[str](), list[int]()
+    for step in range(40):
+        for unit in plan.ids(step):
+            name, _ = source_and_length(plan, unit)
+            counts[name] += 1
+            seen += [unit] if name == "qa" else []
+            k = counts.total()
+            for source, first, last in (("web", 1, 0), ("qa", 0, 0.75), ("code", 0, 0.25)):
+                assert abs(counts[source] - (k * first + k * k * (last - first) / 240)) < 1 + 1e-9
+    assert plan.metrics(40)["pretrain/share/web"] == counts["web"] / 120
+    shares = "web 0.5 of the tokens (0.37 epochs), code 0.125 of the tokens (0.268 epochs), qa 0.375 of the tokens (2.25 epochs)"
+    assert plan.note(0).endswith(shares)
+    seen += [unit for step in range(40, 44) for unit in plan.ids(step)]
+    assert len(seen) == 57
+    for epoch in (seen[:20], seen[20:40]):
+        assert len(set(epoch)) == 20, "qa's windows, each once before any comes again"
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 9), st.integers(0, 9))
+def test_buckets_train_in_turn_and_an_epoch_has_every_window_once(data: Path, bins: int, seed: int) -> None:
+    held = {name: size // 16 for name, size in SIZES.items()}
+    total = sum(held.values())
+    plan = of(data, {"steps": 2 * total // BATCH + 1, "bins": bins}, seed=seed)
+    stream = [unit for step in range(plan.steps) for unit in plan.ids(step)]
+    for epoch in (stream[:total], stream[total : 2 * total]):
+        assert sorted(epoch) == list(range(total))
+        at = 0
+        for number in range(bins):
+            expected = set()
+            first = 0
+            for windows in held.values():
+                expected |= set(range(first + number * windows // bins, first + (number + 1) * windows // bins))
+                first += windows
+            assert set(epoch[at : at + len(expected)]) == expected
+            at += len(expected)
+    assert stream[:total] != stream[total : 2 * total]
+    alone = of(data, {"steps": 2 * total // BATCH + 1, "bins": bins}, seed=seed)
+    assert alone.ids(7) == stream[7 * BATCH : 8 * BATCH], "no step before it was asked for"
+
+
+def test_categories_are_mixed_wherever_their_documents_stand(data: Path, tmp_path: Path) -> None:
+    """Every third document is poetry, every third of the others has no category and goes by its source."""
+    folder = tmp_path / "pretrain"
+    (folder / "documents").mkdir(parents=True)
+    (folder / "train").symlink_to(data / "pretrain" / "train")
+    manifest = json.loads((data / "pretrain" / "manifest.json").read_text())
+    write_json(folder / "manifest.json", {**manifest, "source_of": [0, 1, 2]})
+    shards = TokenShards(data / "pretrain" / "train")
+    starts = np.concatenate([[0], shards.ends[:-1]])
+    kinds = ["poetry" if i % 3 == 0 else None if i % 3 == 1 else "prose" for i in range(len(starts))]
+    files = [int(shards.span(int(start), int(start) + 1)[0][0]) // 20 for start in starts]
+    rows = {"file": files, "category": kinds, "fate": ["train"] * len(files)}
+    dropped = {"file": [0], "category": ["poetry"], "fate": ["duplicate"]}
+    half = len(files) // 2
+    for number, part in enumerate(({k: v[:half] + dropped[k] for k, v in rows.items()}, {k: v[half:] for k, v in rows.items()})):
+        table = pa.table(part, schema=pa.schema([("file", pa.int32()), ("category", pa.string()), ("fate", pa.string())]))
+        pq.write_table(table, folder / "documents" / f"{number:06d}.parquet")
+
+    names = [kind or list(SIZES)[file] for kind, file in zip(kinds, files, strict=True)]
+    streams = {
+        name: np.concatenate([shards.span(int(a), int(b))[0] for a, b, of in zip(starts, shards.ends, names, strict=True) if of == name])
+        for name in set(names)
+    }
+    config = Pretrain(
+        phases=[{"steps": 30, "weights": {"poetry": 2, "prose": 1}}, {"steps": 500, "bins": 3}],
+        mix_by="category",
+        global_batch=BATCH,
+        sequence_length=16,
+    )
+    plan = curriculum.of(config, 0, folder)
+    assert plan is not None
+    windows = {name: [stream[i : i + 16].tolist() for i in range(0, len(stream) - 15, 16)] for name, stream in streams.items()}
+    total = sum(map(len, windows.values()))
+    assert len(plan.units.lengths) == total
+    first = [unit for step in range(30) for unit in plan.ids(step)]
+    counts: Counter[str] = Counter()
+    for unit in first:
+        (sample,) = plan.units.get(unit)
+        (name,) = [name for name, of in windows.items() if sample.tokens.tolist() in of]
+        counts[name] += 1
+        assert sum(sample.lengths) == 16
+        assert abs(counts["poetry"] - counts.total() * 2 / 3) < 1
+        spans = plan.spans(unit)
+        assert np.concatenate([shards.span(*span)[0] for span in spans]).tolist() == sample.tokens.tolist()
+        assert len(plan.units.documents(unit)) == sum(len(shards.document_ids(*span)) for span in spans)
+    assert set(counts) == {"poetry", "prose"}
+    buckets = [unit for step in range(30, 30 + total // BATCH + 1) for unit in plan.ids(step)][:total]
+    assert sorted(buckets) == list(range(total))
+    with pytest.raises(DataError, match="gives weight to verse; there is code, poetry, prose, qa, web"):
+        curriculum.of(config.model_copy(update={"phases": [Phase(steps=1, weights={"verse": 1})]}), 0, folder)
 
 
 def test_too_many_epochs_are_refused_with_what_would_do(data: Path) -> None:

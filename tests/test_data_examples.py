@@ -8,6 +8,7 @@ import pytest
 from test_data_tokenizers import TRAINED
 
 from data import catalog, reading
+from data.decontamination import index_of
 from data.errors import DataError
 from data.examples import Examples, prepare_chat, prepare_preferences, prepare_prompts, training_texts
 
@@ -82,6 +83,49 @@ def test_preferences_and_prompts(tmp_path: Path) -> None:
     assert "<|user|>Q7<|end|><|assistant|>" in texts(tmp_path / "prompts", "train", "prompt") + texts(
         tmp_path / "prompts", "validation", "prompt"
     )
+
+
+def test_right_answers_stay_beside_their_prompts(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"prompt": f"{i} + 1?", "answer": i + 1} for i in range(20)]
+    rows += [{"messages": say(f"Say {i}")} for i in range(20)] + [{"prompt": "x", "answer": "\ud800"}, {"prompt": "x", "answer": []}]
+    manifest = prepare_prompts([jsonl(tmp_path / "sums.jsonl", rows)], TRAINED, tmp_path / "out", **OPTIONS)
+    assert manifest["broken"] == 2
+    found = {}
+    for split in ("train", "validation"):
+        examples = Examples(tmp_path / "out", split)
+        found |= {TRAINED.decode(row["prompt"].tolist()): row["answer"] for row in (examples[i] for i in range(len(examples)))}
+    assert found == {f"<|user|>{i} + 1?<|end|><|assistant|>": str(i + 1) for i in range(20)} | {
+        f"<|user|>Say {i}<|end|><|assistant|>": None for i in range(20)
+    }
+    prepare_prompts([jsonl(tmp_path / "plain.jsonl", rows[20:40])], TRAINED, tmp_path / "plain", **OPTIONS)
+    assert Examples(tmp_path / "plain", "train").table.column_names == ["prompt"]  # as before there were answers
+
+
+@pytest.mark.parametrize("prepare", [prepare_chat, prepare_preferences, prepare_prompts])
+def test_what_an_evaluation_holds_is_left_out_and_listed(tmp_path: Path, prepare: Any) -> None:
+    asked = "A farmer has seven fields and sows two of them with wheat each year; when has he sown them all?"
+    evaluation = jsonl(tmp_path / "test.jsonl", [{"question": "Another one"}, {"question": asked, "answer": "In the 4th."}])
+    rows: list[dict[str, Any]] = [{"messages": say(f"Question {i}?", f"Answer {i}.")} for i in range(20)]
+    rows[7] = {"messages": say("Please: a FARMER has seven fields and sows two of them, with wheat, each year. True?", "Yes.")}
+    rows[9] = {"messages": say("A farmer has seven fields and sows two of them", "with wheat each year")}  # not in a row
+    if prepare is not prepare_chat:
+        rows = [{"messages": row["messages"][:1], "chosen": row["messages"][1]["content"], "rejected": "No."} for row in rows]
+    rows.append({**rows[0], **({"chosen": asked} if "chosen" in rows[0] else {"messages": say("Which?", asked)})})
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    clean = jsonl(tmp_path / "clean.jsonl", [row for i, row in enumerate(rows) if i not in (7, 20)])
+    manifest = prepare([path], TRAINED, tmp_path / "out", evaluations=index_of([evaluation]), **OPTIONS)
+    expected = prepare([clean], TRAINED, tmp_path / "clean", **OPTIONS)
+    assert manifest.pop("dropped: contaminated") == 2
+    assert manifest == {**expected, "rows": 21}
+    listed = [json.loads(line) for line in (tmp_path / "out/contaminated.jsonl").read_text().splitlines()]
+    assert [
+        (Path(row["file"]).name, row["line"], Path(row["evaluation"]).name, row["evaluation_line"], row["words"]) for row in listed
+    ] == [
+        ("rows.jsonl", 8, "test.jsonl", 2, 14),
+        ("rows.jsonl", 21, "test.jsonl", 2, 20),
+    ]
+    assert listed[0]["passage"] == "a FARMER has seven fields and sows two of them, with wheat, each year"
+    assert listed[1]["overlap"] == 1
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,23 @@ import json
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from test_data_tokenizers import SAMPLE, TRAINED
 
-from data import catalog, reading
-from data.cleaning import in_validation, repeated, text_id, validation_limit
+from data import catalog
+from data.cleaning import in_validation, text_id, validation_limit
 from data.errors import DataError
 from data.mixture import sources
 from data.pipeline import prepare_text
+from data.refine import Steps
 from data.shards import TokenShards
 from data.tokenizers import Tokenizer
+from data.work import EARLIER
+from rlhf.curriculum import windows
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -29,8 +33,10 @@ def jsonl(path: Path, rows: list[object]) -> Path:
     return path
 
 
-def prepare(files: list[Path], out: Path, tokenizer: Tokenizer | int = TRAINED, fraction: float = 0.2, broken: float = 0.01) -> Tokenizer:
-    return prepare_text(files, tokenizer, out, validation_fraction=fraction, max_broken_fraction=broken, shard_tokens=2000)
+def prepare(
+    files: list[Path], out: Path, tokenizer: Tokenizer | int = TRAINED, fraction: float = 0.2, broken: float = 0.01, **more: Any
+) -> Tokenizer:
+    return prepare_text(files, tokenizer, out, validation_fraction=fraction, max_broken_fraction=broken, shard_tokens=2000, **more)
 
 
 def texts_of(folder: Path, tokenizer: Tokenizer = TRAINED) -> list[str]:
@@ -70,16 +76,22 @@ def test_every_document_arrives_once_on_its_side_in_file_order(tmp_path: Path) -
     assert (tmp_path / "out/broken.jsonl").read_text() == ""
 
 
-def test_workers_and_ranges_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_change_no_byte_and_parts_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [jsonl(tmp_path / f"{i}.jsonl", [{"text": t} for t in TEXTS[i::3] + TEXTS[:5]]) for i in range(3)]
-    one = prepare(files, tmp_path / "one", 500)
-    monkeypatch.setattr(reading, "RANGE", 2500)  # about 9 tasks instead of 1
+    whole = prepare(files, tmp_path / "whole", 500)
+    one = prepare(files, tmp_path / "one", 500, part_bytes=2500)  # about 9 parts instead of 1
+    for split in ("train", "validation"):
+        a, b = TokenShards(tmp_path / "whole" / split), TokenShards(tmp_path / "one" / split)
+        assert a.span(0, a.tokens)[0].tolist() == b.span(0, b.tokens)[0].tolist()
+        assert a.document_ids(0, a.tokens) == b.document_ids(0, b.tokens)
+        assert len(b.manifest["shards"]) > len(a.manifest["shards"])
+    assert whole.fingerprint == one.fingerprint
     limits = ray.data.DataContext.get_current().execution_options
     for cpus in (1, 2):
         monkeypatch.setattr(limits, "resource_limits", ray.data.ExecutionResources(cpu=cpus))
-        again = prepare(files, tmp_path / str(cpus), 500)
+        again = prepare(files, tmp_path / str(cpus), 500, part_bytes=2500)
         assert again.fingerprint == one.fingerprint
-        for path in (tmp_path / "one").rglob("*.*"):
+        for path in (path for path in (tmp_path / "one").rglob("*.*") if path.name != "costs.json"):
             assert path.read_bytes() == (tmp_path / str(cpus) / path.relative_to(tmp_path / "one")).read_bytes(), path
     assert len(list((tmp_path / "one/train").glob("*.bin"))) > 1
 
@@ -114,6 +126,30 @@ def test_sources_are_runs_of_the_one_stream_and_change_no_byte_of_it(tmp_path: P
     assert [source.name for source in sources(tmp_path / "plain", "train")] == [str(path) for path in files]
 
 
+def test_what_an_earlier_corpus_holds_is_not_taken_again(tmp_path: Path) -> None:
+    near = Steps(near_duplicates=True)
+    long = [" ".join(f"w{'abcdefghij'[int(d)]}{'klmnopqrst'[i % 10]}" for d in str(3**90 + 7**i)) for i in range(60)]
+    old = jsonl(tmp_path / "old.jsonl", [{"text": t} for t in long[:40]])
+    changed = [f"{t} so" for t in long[5:15]]
+    new = jsonl(tmp_path / "new.jsonl", [{"text": t} for t in [*long[35:45], *changed, *long[45:], f"{long[50]} so"]])
+    prepare([old], tmp_path / "old", steps=near)
+    prepare([new], tmp_path / "new", steps=near, earlier=[tmp_path / "old"])
+    kept = [t for split in ("train", "validation") for t in texts_of(tmp_path / "new" / split)]
+    assert sorted(kept) == sorted(long[40:])
+    manifest = json.loads((tmp_path / "new/manifest.json").read_text())
+    fates = {(fate, reason): count for fate, reason, count, *_ in manifest["fates"]}
+    assert fates["duplicate", EARLIER] == 5
+    assert (fates["near-duplicate", EARLIER], fates["near-duplicate", None]) == (10, 1)
+
+    with pytest.raises(DataError, match=r"0 different documents|hold [01] different"):
+        prepare([old], tmp_path / "again", steps=near, earlier=[tmp_path / "old"])
+    prepare([old], tmp_path / "exact")
+    with pytest.raises(DataError, match="knows equal documents only, not roundhouse minhash"):
+        prepare([new], tmp_path / "wrong", steps=near, earlier=[tmp_path / "exact"])
+    with pytest.raises(DataError, match="no manifest"):
+        prepare([new], tmp_path / "wrong", earlier=[tmp_path / "nowhere"])
+
+
 def broken_file(folder: Path) -> Path:
     path = folder / "some.jsonl"
     good = [json.dumps({"text": t}).encode() for t in TEXTS[:30]]
@@ -122,12 +158,11 @@ def broken_file(folder: Path) -> Path:
     return path
 
 
-def test_broken_rows_are_skipped_counted_and_listed_with_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "RANGE", 300)
+def test_broken_rows_are_skipped_counted_and_listed_with_their_line(tmp_path: Path) -> None:
     path = broken_file(tmp_path)
     text = tmp_path / "latin.txt"
     text.write_bytes("Voilà".encode("latin-1"))
-    prepare([path, text], tmp_path / "out", broken=0.5)
+    prepare([path, text], tmp_path / "out", broken=0.5, part_bytes=300)
     listed = [json.loads(line) for line in (tmp_path / "out/broken.jsonl").read_text().splitlines()]
     assert [(Path(row["file"]).name, row["line"]) for row in listed] == [*(("some.jsonl", n) for n in range(11, 17)), ("latin.txt", 1)]
     for row, words in zip(
@@ -161,7 +196,7 @@ def test_a_damaged_archive_is_reported(tmp_path: Path) -> None:
         ("a.jsonl", "", "hold no byte"),
         ("a.jsonl", "\n\n", "0 rows hold 0 different documents"),
         ("a.txt", "One speech.", "1 rows hold 1 different documents"),
-        ("a.csv", "text\n", r"give \.txt, \.jsonl"),
+        ("a.csv", "text\n", r"give \.jsonl, \.txt"),
         ("", "", "No such file"),
     ],
 )
@@ -181,11 +216,6 @@ def test_both_sides_of_the_split_get_a_document() -> None:
     assert [in_validation(t, 0.3) for t in TEXTS] == (shares < validation_limit(ids, 0.3)).tolist()
 
 
-def test_repeated_marks_all_but_the_first() -> None:
-    ids = np.frombuffer(b"".join(text_id(t) for t in "abcabb"), dtype="V16")
-    assert repeated(ids).tolist() == [False, False, False, True, True, True]
-
-
 def test_the_speeches(cache_dir: Path, tmp_path: Path) -> None:
     """The quickstart's own corpus, whole: 249 documents, about 3 % held out, 4.3 bytes per token."""
     tokenizer = prepare_text(
@@ -198,3 +228,28 @@ def test_the_speeches(cache_dir: Path, tmp_path: Path) -> None:
     validation = TokenShards(tmp_path / "validation")
     tokens = np.concatenate([validation.window(i, 256)[0] for i in range(validation.windows(256))])
     assert tokenizer.byte_lengths[tokens].sum() == pytest.approx(validation.bytes_of_text, rel=0.01)
+
+
+def test_sources_are_read_and_targets_learned(tmp_path: Path) -> None:
+    pairs = [(f"Question {i}: how much is {i} + {i}?", f"It is {2 * i}, as ever.") for i in range(40)]
+    rows: list[object] = [{"source": a, "target": b, "category": "sums"} for a, b in pairs]
+    rows += [{"source": "", "target": TEXTS[0]}, {"source": None, "target": TEXTS[1]}, {"text": TEXTS[2]}]
+    prepare([jsonl(tmp_path / "a.jsonl", rows)], tmp_path / "out", part_bytes=1000)
+    expected = {a + b: (a, b) for a, b in pairs} | {text: ("", text) for text in TEXTS[:3]}
+    found = {}
+    for split in ("train", "validation"):
+        shards = TokenShards(tmp_path / "out" / split)
+        shards.verify()
+        for start, stop in pairwise([0, *shards.ends.tolist()]):
+            tokens, learned = shards.span(start, stop)[0], shards.learned(start, stop)
+            assert tokens[-1] == TRAINED.end_of_text
+            assert learned[-1]
+            assert TRAINED.end_of_text not in tokens[:-1]
+            tokens, learned = tokens[:-1], learned[:-1]
+            found[TRAINED.decode(tokens.tolist())] = tuple(TRAINED.decode(tokens[here].tolist()) for here in (~learned, learned))
+    assert found == expected
+    plain = [{"text": a + b} for a, b in pairs]
+    prepare([jsonl(tmp_path / "b.jsonl", plain)], tmp_path / "plain")
+    assert not list((tmp_path / "plain").rglob("*.mask"))
+    unit = windows(TokenShards(tmp_path / "out/train"), 64).get(1)
+    assert unit[0].weights.tolist() == TokenShards(tmp_path / "out/train").learned(64, 128).astype(np.float32).tolist()

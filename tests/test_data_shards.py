@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.shards import Document, ShardWriter, TokenShards
+from data.shards import Document, ShardWriter, TokenShards, rewritten, write_manifest
 
 
 def write(folder: Path, documents: list[list[int]], shard_tokens: int = 50, vocab_size: int = 4096) -> TokenShards:
@@ -99,3 +99,33 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, change: dict[str, object]
 def test_the_manifest_hash_follows_the_data(tmp_path: Path) -> None:
     one, same, other = (write(tmp_path / n, d) for n, d in (("a", [[1, 2]]), ("b", [[1, 2]]), ("c", [[1, 3]])))
     assert one.manifest_hash == same.manifest_hash != other.manifest_hash
+
+
+@given(DOCUMENTS, st.integers(1, 60), st.data())
+def test_what_is_read_only_is_counted_per_document(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], shard_tokens: int, data: st.DataObject
+) -> None:
+    masked = [data.draw(st.integers(0, len(document))) for document in documents]
+    folder = tmp_path_factory.mktemp("masked")
+    writer = ShardWriter(folder, vocab_size=4096, fingerprint="f", shard_tokens=shard_tokens)
+    ids = np.array([number.to_bytes(16, "big") for number in range(len(documents))], "V16")
+    lengths = np.array([len(document) for document in documents])
+    writer.extend(np.concatenate(documents), lengths, ids, 0, np.array(masked))
+    manifest = writer.finish()
+    shards = TokenShards(folder)
+    shards.verify()
+    expected = [i >= n for document, n in zip(documents, masked, strict=True) for i in range(len(document))]
+    assert shards.learned(0, shards.tokens).tolist() == expected
+    start = data.draw(st.integers(0, shards.tokens - 1))
+    stop = data.draw(st.integers(start + 1, shards.tokens))
+    assert shards.learned(start, stop).tolist() == expected[start:stop]
+    # a shard with nothing masked has no such file, and is the same byte by byte as it would be without
+    of_shards = np.split(np.array(masked), np.cumsum([entry["documents"] for entry in manifest["shards"]])[:-1])
+    assert [(folder / f"{e['name']}.mask").exists() for e in manifest["shards"]] == [bool(m.any()) for m in of_shards]
+    # a document that is taken out takes its count along
+    entry = rewritten(folder, manifest["shards"][0], ids[:1])
+    if entry is not None:
+        write_manifest(folder, [entry, *manifest["shards"][1:]], 4096, "f", 0)
+        again = TokenShards(folder)
+        again.verify()
+        assert again.learned(0, again.tokens).tolist() == expected[len(documents[0]) :]

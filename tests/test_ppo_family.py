@@ -134,4 +134,4 @@ def test_answers_become_what_a_function_of_the_users_asks_for(ray_session, made,
     recipe = recipe_of(**keys, steps=10, global_batch=16, learning_rate=1e-2, kl_coef=0, reward_function=f"{tmp_path}/mine.py:small")
     rows = train(recipe, {stage: made[stage] for stage in ("data", "sft")}, tmp_path / "out")
     assert rows[0]["ppo/reward"] < 0.3
-    assert rows[-1]["ppo/reward"] > 0.6
+    assert rows[-1]["ppo/reward"] > 0.5

@@ -124,6 +124,10 @@ def test_phases_are_read_and_written_out(recipe_path: Path, recipe_text: str, tm
         ("[{steps: 6}]\n  steps: 3", "pretrain.steps would have no effect: pretrain.phases have steps of their own"),
         ("[{steps: 6}, {steps: 1, weights: {qa.jsonl: 1}}]", "phase 2 gives weight to 'qa.jsonl', which data.pretrain does not list"),
         ("[{steps: 6, weights: {qa.jsonl: 1}}]", "qa.jsonl'?)"),
+        ("[{steps: 6, weights: {data: 1}, weights_to: {qa.jsonl: 1}}]", "qa.jsonl'?)"),
+        ("[{steps: 6, weights_to: {a: 1}}]", "weights_to needs the weights from which it starts"),
+        ("[{steps: 6, weights: {a: 1}, bins: 3}]", "weights and bins are two ways to mix"),
+        ("[{steps: 6}]\n  mix_by: category", "pretrain.mix_by would have no effect: no phase has weights or bins"),
         ("[{steps: 6, weights: {}}]", "pretrain.phases.weights should have at least 1 item"),
         ("[{steps: 6, weights: {a: -1}}]", "pretrain.phases.weights.a should be greater than 0, got -1"),
         ("[{steps: 6, weights: {a: .inf}}]", "pretrain.phases.weights.a should be a finite number"),
@@ -160,8 +164,18 @@ def test_distillation_on_ones_own_answers_says_what_it_needs(recipe_path: Path, 
 def test_key_without_effect(recipe_path: Path) -> None:
     message = complaint(recipe_path, "tokenizer.encoding=gpt2", "tokenizer.vocab_size=5000")
     assert "tokenizer.vocab_size would have no effect" in message
+    assert "tokenizer.extend_from_corpus needs a ready tokenizer.encoding" in complaint(recipe_path, "tokenizer.extend_from_corpus=5")
     recipe = recipe_file.load(recipe_path, ["tokenizer.encoding=gpt2"])
     assert "vocab_size" not in recipe_file.resolved(recipe)
+
+
+def test_what_pretraining_is_held_against_must_be_there(recipe_path: Path, tmp_path: Path) -> None:
+    assert "data.decontaminate.ngram would have no effect: data.decontaminate.against names" in complaint(
+        recipe_path, "data.decontaminate.ngram=8"
+    )
+    message = complaint(recipe_path, f"data.decontaminate.against=[{tmp_path}/gone.jsonl]", f"data.earlier=[{tmp_path}/gone]")
+    assert "data.decontaminate.against: no such file" in message
+    assert "data.earlier: no run whose pretraining texts are ready" in message
 
 
 def test_a_single_head_is_never_uncertain(recipe_path: Path) -> None:
