@@ -118,13 +118,14 @@ def main() -> None:
         for seed in range(asked.seeds):
             path = recipe(Path(name), seed)
             run_dir = pipeline.run(recipe_file.load(path), until="sft")
-            rows += [learn(algorithm, path, run_dir) | {"seed": seed} for algorithm in asked.only or ALGORITHMS]
+            for algorithm in asked.only or ALGORITHMS:
+                rows.append(learn(algorithm, path, run_dir) | {"seed": seed})
+                if asked.json:
+                    asked.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
     table = Table("algorithm", "seed", "first", "last", "s")
     for row in rows:
         table.add_row(row["algorithm"], str(row["seed"]), f"{row['first']:.3f}", f"{row['last']:.3f}", f"{row['seconds']:.0f}")
     Console().print(table)
-    if asked.json:
-        asked.json.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

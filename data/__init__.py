@@ -4,7 +4,7 @@ From the source to the model, one file each:
 
     catalog.py      real corpora by name, fetched with pip (packages.py), as jsonl;  snippets.py builds pairs, reasoning.py problems
     stores.py       where files are: paths, globs, and URIs of object stores
-    readers.py      records of .jsonl, .parquet, .txt, .html (html.py) and .warc (warc.py); what cannot be read is told, not raised
+    readers.py      records of .jsonl, .parquet, .txt, .html (html.py) and .warc (warc.py), packed or not (unpacking.py)
     parts.py        files are cut into fixed pieces of work
     reading.py      records as a Ray Dataset; what cannot be read is listed with file, line and first bytes
     formats.py      the spellings of conversations, rankings, questions and documents

@@ -10,34 +10,27 @@
     .warc       one page or text per response, {"text", "url", "date"} (warc.py)
 
 All but parquet also as .gz and .zst. Limits: a row over ROW_LIMIT is broken, and so is JSON deeper than 1,024 (orjson's limit);
-a compressed file that grows beyond BOMB_RATIO times its size (and BOMB_FROM) ends there, as one that is cut short does, with one
-broken row for what is lost.
+a compressed file that grows like a bomb ends there, as one that is cut short does, with one broken row for what is lost (unpacking.py).
 """
 
-import gzip
 import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import orjson
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data import unpacking
 from data.errors import DataError
 from data.html import main_text
 from data.stores import File, open_file
+from data.unpacking import DAMAGE, HEAD, Damaged, Unpacked, brief
+from data.warc import pages
 
-ROW_LIMIT = 128 << 20  # bytes of one line, document or page: more than enwik8 as one text
-BOMB_FROM = 64 << 20  # bytes; smaller files are no danger
-BOMB_RATIO = 200  # text shrinks 3 to 10 times, logs that repeat themselves up to 100; gzip's most is 1,032
-HEAD = 200  # bytes of a broken row that are kept to recognise it by
 CHUNK = 1 << 20
-SOME = 1 << 16  # bytes that are decompressed at once, and lost where an error stands in them
 BATCH = 16 << 20  # bytes of a parquet row group that are opened at once
-DAMAGE = (EOFError, zlib.error, pa.ArrowException)
 
 
 class Record(NamedTuple):
@@ -91,60 +84,10 @@ def read_piece(piece: Piece) -> Iterator[Record]:
     return _READERS[kind](piece)
 
 
-class Damaged(Exception):
-    """The rest of this file cannot be read; the message says why."""
-
-
-class Decompressed:
-    """The bytes of a compressed file. `read` gives all that is whole, then raises Damaged; so it does when there are far more bytes
-    than the file's `size` explains."""
-
-    def __init__(self, file: File, size: int) -> None:
-        _, packing = format_of(file)
-        self._raw, self._name = open_file(file), {"gz": "gzip", "zst": "zstd"}[packing]
-        self._limit = self._left = max(BOMB_FROM, BOMB_RATIO * size)
-        if packing == "gz":
-            self._some = gzip.GzipFile(fileobj=self._raw).read1
-        else:
-            self._some = pa.CompressedInputStream(pa.PythonFile(self._raw, mode="r"), "zstd").read
-        self._damage: Damaged | None = None
-
-    def read(self, n: int) -> bytes:
-        """At most `n` bytes; fewer only at the end."""
-        found: list[bytes] = []
-        while n and not self._damage:
-            try:
-                data = self._some(min(n, SOME))
-            except (*DAMAGE, OSError) as error:
-                if getattr(error, "errno", None) is not None:  # the disk or the network, not the data
-                    raise
-                self._damage = Damaged(f"damaged {self._name}, the rest of the file is lost: {error}")
-                break
-            if not data:
-                break
-            found.append(data)
-            n -= len(data)
-            self._left -= len(data)
-            if self._left < 0:
-                self._damage = Damaged(f"a decompression bomb: over {self._limit:,} bytes, the rest of the file is lost")
-        if self._damage and not found:
-            raise self._damage
-        return b"".join(found)
-
-    def tell(self) -> int:
-        """Bytes read so far."""
-        return self._limit - self._left
-
-    def __enter__(self) -> "Decompressed":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._raw.close()
-
-
 def opened(file: File, size: int) -> Any:
     """The bytes of a file of `size` bytes, decompressed: a context with `read(n)`."""
-    return Decompressed(file, size) if format_of(file)[1] else open_file(file)
+    _, packing = format_of(file)
+    return Unpacked(open_file(file), packing, size) if packing else open_file(file)
 
 
 def parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
@@ -189,13 +132,13 @@ def _lines(stream: Any, start: int, stop: int | None) -> Iterator[tuple[int, int
             return
         first, *others = chunk.split(b"\n")
         size += len(first)
-        held = [*held, first] if size <= ROW_LIMIT else [b"".join(held)[:HEAD]]
+        held = [*held, first] if size <= unpacking.ROW_LIMIT else [b"".join(held)[:HEAD]]
         if not others and chunk:
             if foreign and stop is not None and at + size >= stop:
                 return  # no line begins in this range
             continue
         if not foreign and (chunk or size):
-            broken = f"a row of {size:,} bytes; {ROW_LIMIT:,} is the most" if size > ROW_LIMIT else None
+            broken = f"a row of {size:,} bytes; {unpacking.ROW_LIMIT:,} is the most" if size > unpacking.ROW_LIMIT else None
             yield at, size + bool(chunk), b"".join(held), broken
         if not chunk:
             return
@@ -210,14 +153,15 @@ def _lines(stream: Any, start: int, stop: int | None) -> Iterator[tuple[int, int
 
 def _whole(piece: Piece) -> tuple[bytes, str | None]:
     """The bytes of a file that is one record, and why it is broken."""
+    limit = unpacking.ROW_LIMIT
     with opened(piece.path, piece.stop) as stream:
         data = bytearray()
         try:
-            while len(data) <= ROW_LIMIT and (chunk := stream.read(CHUNK)):
+            while len(data) <= limit and (chunk := stream.read(CHUNK)):
                 data += chunk
         except Damaged as error:
             return bytes(data), str(error)
-    return bytes(data), f"a document of more than {ROW_LIMIT:,} bytes, which is the most" if len(data) > ROW_LIMIT else None
+    return bytes(data), f"a document of more than {limit:,} bytes, which is the most" if len(data) > limit else None
 
 
 def _txt(piece: Piece) -> Iterator[Record]:
@@ -264,7 +208,7 @@ def _row_group(number: int, file: Any, group: int, at: int, about: Any) -> Itera
     done = 0
     try:
         for batch in file.iter_batches(batch_size=max(1, min(4096, BATCH // max(size, 1))), row_groups=[group]):
-            limit = ROW_LIMIT if batch.nbytes > ROW_LIMIT else None
+            limit = unpacking.ROW_LIMIT if batch.nbytes > unpacking.ROW_LIMIT else None
             for value in batch.to_pylist():
                 if limit and sum(len(x) for x in value.values() if isinstance(x, str | bytes)) > limit:
                     yield Record(number, at + done, size, None, f"a row of more than {limit:,} bytes, which is the most")
@@ -276,14 +220,7 @@ def _row_group(number: int, file: Any, group: int, at: int, about: Any) -> Itera
         yield Record(number, at + done, size * lost, None, f"damaged parquet, {lost} rows of group {group} are lost: {brief(error)}")
 
 
-def brief(error: BaseException) -> str:
-    """An exception in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _warc(piece: Piece) -> Iterator[Record]:
-    from data.warc import pages
-
     with opened(piece.path, piece.stop) as stream:
         for at, (size, value, broken, dropped, head) in enumerate(pages(stream)):
             yield Record(piece.file, at, size, value, broken, dropped, head)

@@ -25,8 +25,9 @@ from ray.data import DataContext, Dataset
 from data.errors import DataError
 from data.files import write_bytes
 from data.parts import Part, plan_parts, records
-from data.readers import HEAD, Damaged, Piece, format_of, opened
+from data.readers import Piece, format_of, opened
 from data.stores import File, size_of
+from data.unpacking import HEAD, Damaged
 
 Convert = Callable[[dict[str, Any]], dict[str, Any]]
 ROW = [

@@ -12,8 +12,9 @@ from typing import Any
 
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 
-from data import readers
+from data import unpacking
 from data.html import main_text
+from data.unpacking import HEAD, Damaged, brief
 
 _ROWS = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
 _PAGES = ("text/html", "application/xhtml+xml")
@@ -26,17 +27,17 @@ def pages(stream: Any) -> Iterator[Page]:
         found = iter(ArchiveIterator(stream, record_types=_ROWS, parse_http=True, auto_decode="none", stream_detect=False))
         while record := next(found, None):
             yield _page(record)
-    except (readers.Damaged, OSError, ValueError) as error:
+    except (Damaged, OSError, ValueError) as error:
         if getattr(error, "errno", None) is not None:
             raise
-        reason = str(error) if isinstance(error, readers.Damaged) else f"damaged WARC, the rest of the file is lost: {readers.brief(error)}"
+        reason = str(error) if isinstance(error, Damaged) else f"damaged WARC, the rest of the file is lost: {brief(error)}"
         yield 0, None, reason, None, b""
 
 
 def _page(record: Any) -> Page:
     size = record.content_length
-    body = record.reader.read(readers.ROW_LIMIT + 1)
-    head, url, http = body[: readers.HEAD], record.headers.get("WARC-Target-URI"), record.http_headers
+    body = record.reader.read(unpacking.ROW_LIMIT + 1)
+    head, url, http = body[:HEAD], record.headers.get("WARC-Target-URI"), record.http_headers
     kind = (record.http_content_type if http is not None else record.headers.get("Content-Type")) or ""
     kind = kind.partition(";")[0].strip().lower()
     if http is not None and http.status_code != 200:
@@ -47,8 +48,8 @@ def _page(record: Any) -> Page:
         body = _decoded(body, (http.get("Content-Encoding") or "") if http is not None else "")
     except ValueError as error:
         return size, None, str(error), None, head
-    if len(body) > readers.ROW_LIMIT:
-        return size, None, f"a page of more than {readers.ROW_LIMIT:,} bytes, which is the most", None, head
+    if len(body) > unpacking.ROW_LIMIT:
+        return size, None, f"a page of more than {unpacking.ROW_LIMIT:,} bytes, which is the most", None, head
     charset = record.http_charset if http is not None else None
     text = main_text(body, charset) if kind in _PAGES or not kind else body.decode(errors="replace")
     return size, {"text": text, "url": url, "date": record.headers.get("WARC-Date")}, None, None, b""
@@ -64,6 +65,6 @@ def _decoded(body: bytes, encoding: str) -> bytes:
     if name != "deflate" and body[:2] != b"\x1f\x8b":
         return body  # crawlers often store what they have decompressed, and keep the header
     try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, readers.ROW_LIMIT + 1)
+        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, unpacking.ROW_LIMIT + 1)
     except zlib.error as error:
         raise ValueError(f"a damaged page: {error}") from None

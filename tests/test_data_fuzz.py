@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_data_warc import PAGE, response
 
-from data import readers
+from data import readers, unpacking
 from data.cleaning import Cleaning
 from data.formats import conversation, question, ranking
 from data.parts import plan_parts, records
@@ -161,7 +161,7 @@ def fates(path: Path, part_bytes: int) -> tuple[Counter[str], list[readers.Recor
             assert sum(x is not None for x in (record.value, record.broken, record.dropped)) == 1
             if record.broken is not None:
                 counts["quarantined"] += 1
-                assert len(record.head) <= readers.HEAD
+                assert len(record.head) <= unpacking.HEAD
                 continue
             if record.dropped is not None:
                 counts["dropped"] += 1
@@ -183,9 +183,9 @@ def fates(path: Path, part_bytes: int) -> tuple[Counter[str], list[readers.Recor
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_every_row_of_damaged_files_is_accounted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "ROW_LIMIT", 200_000)
+    monkeypatch.setattr(unpacking, "ROW_LIMIT", 200_000)
     monkeypatch.setattr(readers, "CHUNK", 4096)
-    monkeypatch.setattr(readers, "BOMB_FROM", 1_000_000)
+    monkeypatch.setattr(unpacking, "BOMB_FROM", 1_000_000)
     rng, total, slowest = Random(0), Counter[str](), (0.0, "")
     for i in range(FILES):
         name = list(MAKERS)[i % len(MAKERS)]
@@ -201,7 +201,7 @@ def test_every_row_of_damaged_files_is_accounted_for(tmp_path: Path, monkeypatch
         if name == "jsonl":
             assert counts.total() == lines_in(data), path
         elif name == "jsonl.gz":
-            whole, state = unzipped(data, max(1_000_000, readers.BOMB_RATIO * len(data)))
+            whole, state = unzipped(data, max(1_000_000, unpacking.BOMB_RATIO * len(data)))
             rows_before = lines_in(whole[: whole.rfind(b"\n") + 1])
             assert broken_files == (state != "all"), path
             if state == "all":

@@ -16,7 +16,7 @@ from fake_s3 import fake_s3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import readers
+from data import readers, unpacking
 from data.errors import DataError
 from data.parts import plan_parts, records
 from data.readers import Record
@@ -118,7 +118,7 @@ def test_a_file_that_is_cut_short_gives_what_is_whole_and_one_broken_row(tmp_pat
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "ROW_LIMIT", 1000)
+    monkeypatch.setattr(unpacking, "ROW_LIMIT", 1000)
     monkeypatch.setattr(readers, "CHUNK", 300)
     good = b'{"text": "good"}'
     path = tmp_path / "a.jsonl"
@@ -127,7 +127,7 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found = all_records([path], part_bytes)
         assert [bool(record.value) for record in found] == [True, False, True, False, True, True]
         assert found[1].broken == "a row of 5,012 bytes; 1,000 is the most"
-        assert found[1].head == b'{"text": "' + b"x" * (readers.HEAD - 10)
+        assert found[1].head == b'{"text": "' + b"x" * (unpacking.HEAD - 10)
     path = tmp_path / "a.parquet"
     path.write_bytes(as_parquet([{"text": "good"}, {"text": "x" * 1001}, {"text": "good"}]))
     assert [record.broken for record in all_records([path])] == [None, "a row of more than 1,000 bytes, which is the most", None]
@@ -142,7 +142,7 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "broken JSON" in (deep.broken or "")
     assert fine.value == {"text": "good"}
 
-    monkeypatch.setattr(readers, "BOMB_FROM", 100_000)
+    monkeypatch.setattr(unpacking, "BOMB_FROM", 100_000)
     bomb = tmp_path / "bomb.jsonl.gz"
     bomb.write_bytes(gzip.compress(good + b"\n" + b"0" * 5_000_000 + b"\n" + good))
     first, last = all_records([bomb])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data import readers
+from data import unpacking
 from data.parts import plan_parts, records
 from data.readers import Record
 
@@ -70,14 +70,14 @@ def test_damage_ends_the_file_with_one_broken_row(tmp_path: Path) -> None:
 
 
 def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "ROW_LIMIT", 100_000)
+    monkeypatch.setattr(unpacking, "ROW_LIMIT", 100_000)
     bomb = gzip.compress(b"<p>" + b"0" * 5_000_000)
     inner = response(bomb, "Content-Type: text/html", "Content-Encoding: gzip")
     long = response(b"<p>" + b"0" * 5_000_000)
     first, second, last = read(tmp_path / "inner.warc", inner + long + response(PAGE % 1))
     assert first.broken == second.broken == "a page of more than 100,000 bytes, which is the most"
     assert texts([last]) == ["Caf\u00e9 number 1 is open."]
-    monkeypatch.setattr(readers, "BOMB_FROM", 200_000)
+    monkeypatch.setattr(unpacking, "BOMB_FROM", 200_000)
     found = read(tmp_path / "outer.warc.gz", gzip.compress(response(PAGE % 1)) + gzip.compress(long) + gzip.compress(response(PAGE % 2)))
     assert texts(found)[0] == "Caf\u00e9 number 1 is open."
     assert "a decompression bomb" in (found[-1].broken or "")
