@@ -104,7 +104,7 @@ def learn(name: str, path: Path, run_dir: Path) -> dict[str, Any]:
         run(recipe_file.load(path, keys), {stage: run_dir / stage for stage in ("data", "sft")}, out, monitor)
     rows = curve(out)
     first, last = (statistics.mean(row["ppo/reward"] for row in some) for some in (rows[:2], rows[-2:]))
-    return {"algorithm": name, "first": first, "last": last, "seconds": sum(row["seconds"] for row in rows)}
+    return {"algorithm": name, "first": first, "last": last, "seconds": sum(row["ppo/seconds"] for row in rows)}
 
 
 def main() -> None:
