@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.ppo import FIXED, GROUP, LONGEST, PROMPTS, SAMPLES, TEMPERATURE
 
-SHARED = {"global_batch": SAMPLES, "temperature": TEMPERATURE, "learning_rate": 3e-6, "checkpoint_every": 1000}
+SHARED = {"global_batch": SAMPLES, "temperature": TEMPERATURE, "learning_rate": 3e-6, "checkpoint_every": 1000, "compile": True}
 PPO = {"preset": "trl", "rollout_batch": SAMPLES, "critic_learning_rate": 3e-6}
 GRPO = {"advantage": "grpo", "epochs": 1, "rollout_batch": SAMPLES // GROUP, "samples_per_prompt": GROUP, "kl_in": "loss", "kl_coef": 0.04}
 WORKS: dict[str, tuple[str, str, dict[str, Any]]] = {  # -> (prompts, policy, keys)
@@ -28,14 +28,12 @@ def main(work: str, _: str, folder: Path, out: Path, steps: int) -> None:
     from rlhf.recipe import Recipe
 
     prompts, policy, keys = WORKS[work]
-    share = {"cpus": 0.4}
-    # The critic learns beside the policy, a core each; alone, the policy takes both.
-    threads = 2 if keys.get("advantage") == "grpo" else 1
-    groups = {"policy": share | {"threads": threads}, "reference": share, "reward": share, "rollout": share | {"threads": 2}}
-    if "advantage" not in keys:
-        groups["critic"] = share
+    # In turn, with both cores each: side by side, a core each, the critic waited for the policy, which learns a vocabulary besides.
+    share = {"cpus": 0.4, "threads": 2}
+    roles = ["policy", "reference", "reward", *(() if "advantage" in keys else ("critic",))]
+    groups = dict.fromkeys([*roles, "rollout"], share)
     length = PROMPTS[prompts][0]
-    ppo = SHARED | keys | {"steps": steps, "max_prompt_tokens": length, "groups": groups}
+    ppo = SHARED | keys | {"steps": steps, "max_prompt_tokens": length, "groups": groups, "colocate": [roles]}
     sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
     recipe = Recipe.model_validate({"name": "benchmark", "data": sources, "model": {"max_positions": 512}, "ppo": ppo})
 

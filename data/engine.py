@@ -9,7 +9,6 @@ killing its workers is named with its files.
 """
 
 import json
-import os
 import queue
 import resource
 import threading
@@ -81,31 +80,36 @@ class _Failed:
 
 
 def _task(what: str, work: Callable[[Any], Result], shared: ray.ObjectRef, folder: Path, key: str) -> Callable[[pa.Table], pa.Table]:
+    def done(number: int) -> Result:
+        part, tries, since = fetched(shared)[number], _tries(folder, number), time.process_time()
+        with open(tries, "ab") as file:  # stays behind when this process dies
+            if file.tell() >= TRIES:
+                raise DataError(
+                    f"{what}: the worker died {TRIES} times on {part.name}: out of memory, or a fault of a library on this file; leave it "
+                    "out, or give a worker less at once (data.part_bytes)"
+                )
+            file.write(b".")
+        try:
+            result = work(part)
+        except DataError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{part.name}: {error!r}") from error
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        write_bytes(folder / f"{number:06d}.cost", json.dumps([time.process_time() - since, peak]).encode())
+        write_marker(folder, number, key, result)
+        tries.unlink(missing_ok=True)
+        return result
+
     def run(block: pa.Table) -> pa.Table:
-        numbers = block["part"].to_pylist()
-        results = []
+        numbers: list[int] = block["part"].to_pylist()
+        answers: list[dict[str, Any]] = []
         for number in numbers:
-            part, tries = fetched(shared)[number], _tries(folder, number)
-            with open(tries, "ab") as file:  # stays behind when this process dies
-                if file.tell() >= TRIES:
-                    raise DataError(
-                        f"{what}: the worker died {TRIES} times on {part.name}: out of memory, or a fault of a library on this file; leave "
-                        "it out, or give a worker less at once (data.part_bytes)"
-                    )
-                file.write(b".")
-            since = time.process_time()
             try:
-                result = work(part)
-            except DataError:
-                raise
-            except Exception as error:
-                raise RuntimeError(f"{part.name}: {error!r}") from error
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            write_bytes(folder / f"{number:06d}.cost", json.dumps([time.process_time() - since, peak]).encode())
-            write_marker(folder, number, key, result)
-            tries.unlink(missing_ok=True)
-            results.append(json.dumps(result))
-        return pa.table({"part": pa.array(numbers, pa.int64()), "result": pa.array(results, pa.large_string())})
+                answers.append({"result": done(number)})
+            except DataError as error:  # as an answer: what Ray Data makes of exceptions is no message for people
+                answers.append({"wrong": str(error)})
+        return pa.table({"part": pa.array(numbers, pa.int64()), "answer": pa.array(map(json.dumps, answers), pa.large_string())})
 
     return run
 
@@ -119,6 +123,7 @@ def _run(
     for number in todo:
         _tries(folder, number).unlink(missing_ok=True)
     found: queue.Queue[tuple[int, Result] | _Failed | None] = queue.Queue()
+    over = threading.Event()
 
     def drive() -> None:  # in a thread of its own, since Ray Data's iterators wait without end
         try:
@@ -126,41 +131,33 @@ def _run(
                 blocks = ray.data.from_arrow([pa.table({"part": pa.array([number], pa.int64())}) for number in todo])
                 done = blocks.map_batches(task, batch_format="pyarrow", batch_size=None, max_retries=TRIES)
                 for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                    for number, result in zip(batch["part"].to_pylist(), batch["result"].to_pylist(), strict=True):
-                        found.put((number, json.loads(result)))
+                    if over.is_set():
+                        return
+                    for number, answer in zip(batch["part"].to_pylist(), map(json.loads, batch["answer"].to_pylist()), strict=True):
+                        found.put((number, answer["result"]) if "result" in answer else _Failed(DataError(answer["wrong"])))
             found.put(None)
         except BaseException as error:  # noqa: BLE001 (it is raised in the thread that waits)
             found.put(_Failed(error))
 
     threading.Thread(target=drive, daemon=True, name=f"{what} parts").start()
-    while True:
-        try:
-            next_one = found.get(timeout=deadline_s)
-        except queue.Empty:
-            raise DataError(f"{what}: no part was done within {deadline_s:g} s; in work: {_in_work(todo, parts, folder)}") from None
-        if next_one is None:
-            return
-        if isinstance(next_one, _Failed):
-            raise _told(next_one.error)
-        yield next_one
+    try:
+        while True:
+            try:
+                next_one = found.get(timeout=deadline_s)
+            except queue.Empty:
+                raise DataError(f"{what}: no part was done within {deadline_s:g} s; in work: {_in_work(todo, parts, folder)}") from None
+            if next_one is None:
+                return
+            if isinstance(next_one, _Failed):
+                raise next_one.error
+            yield next_one
+    finally:
+        over.set()
 
 
 def write_marker(folder: Path, number: int, key: str, result: Result) -> None:
     """Say that a part is whole."""
     write_bytes(folder / f"{number:06d}.json", json.dumps({"key": key, "result": result}).encode())
-
-
-def _told(error: BaseException) -> BaseException:
-    """The DataError that a worker raised, out of what Ray wraps around it; else `error` itself."""
-    pending, seen = [error], set[int]()
-    while pending:
-        one = pending.pop()
-        if type(one) is DataError:
-            return one
-        if id(one) not in seen:
-            seen.add(id(one))
-            pending += [inner for inner in (getattr(one, "cause", None), one.__cause__) if isinstance(inner, BaseException)]
-    return error
 
 
 def read_marker(folder: Path, number: int) -> dict[str, Any] | None:
@@ -220,8 +217,3 @@ def fetched(reference: ray.ObjectRef) -> Any:
     """What was put into the object store, once per process: rebuilding a tokenizer of 200,000 tokens for every part would cost as much
     as its work."""
     return ray.get(reference)
-
-
-def cores() -> int:
-    """How many tasks run at once, about: the cluster's cores, this machine's without one."""
-    return int(ray.cluster_resources().get("CPU", 1)) if ray.is_initialized() else os.cpu_count() or 1

@@ -161,7 +161,8 @@ def packed_attention(
     lengths = segments.lengths
     if len(set(lengths)) == 1 and max(segments.prefixes) < 0:
         n, length = len(lengths), lengths[0]
-        q, k, v = (x[0].unflatten(1, (n, length)).transpose(0, 1) for x in (query, key, value))  # [n, H, length, d]
+        # Squeezed, not indexed: see below.
+        q, k, v = (x.squeeze(0).unflatten(1, (n, length)).transpose(0, 1) for x in (query, key, value))  # [n, H, length, d]
         if virtual:
             k, v = (torch.cat([x.expand(n, -1, -1, -1), own], dim=2) for x, own in zip(virtual, (k, v), strict=True))
         mask = None if segments.pieces[0].mask is None else segments.pieces[0].mask.to(q.dtype)  # all segments' is the same

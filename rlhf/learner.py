@@ -17,6 +17,7 @@ Order in which a model is prepared, and why:
 
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,10 @@ KEPT = [
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
 ]
 
+# FLOP of one rank from which on compiled blocks win more than they cost: 12 % of ten minutes of a core at 70 GFLOP/s; of a GPU's at 40 %
+# of an H100's peak.
+WORTH_COMPILING = {"cpu": 4e13, "cuda": 2e17}
+
 # (model, micro-batch) -> (sum of the loss, further sums to report); the batch's weights say what the sum counts
 Loss = Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -69,8 +74,7 @@ class Learner:
             to_float8(model)
         checkpoint_activations(model, config.activation_checkpointing)
         if config.compile:
-            for block in model.inner.base_model.layers:  # type: ignore[union-attr]
-                block.compile(dynamic=True)  # one program for all lengths; attention stays outside of it
+            compile_blocks(model)
         self.model = shard(model.to(self.hardware.device), self.world)
         self.embeddings_only = config.embeddings_only_steps if isinstance(config, Pretrain) else 0  # steps
         self.optimizers = optimizers(self.model, config, self.peak, self.embeddings_only > 0)
@@ -185,6 +189,18 @@ def what_learns(model: nn.Module) -> StateDictOptions:
     the frozen output layer all the same.)"""
     frozen = any(not p.requires_grad for p in model.parameters())
     return StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    for block in model.inner.base_model.layers:  # type: ignore[union-attr]
+        block.compile(dynamic=True)  # one program for all lengths; attention stays outside of it
+
+
+def pays_to_compile(model: nn.Module, tokens: float) -> bool:
+    """Is it a minute's gain to compile, for a rank that trains on so many tokens? A function of the recipe, not of a clock: a resumed
+    run has to compute what it computed before, to the last bit."""
+    work = 6 * sum(p.numel() for p in model.parameters()) * tokens
+    return work > WORTH_COMPILING[hardware().device.type] and (hardware().is_gpu or shutil.which("g++") is not None)
 
 
 def checkpoint_activations(model: nn.Module, what: str) -> None:

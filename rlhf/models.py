@@ -33,7 +33,7 @@ from data.packing import PackedBatch
 from data.tokenizers import Tokenizer
 from rlhf.attention import PACKED, Segments
 from rlhf.errors import RecipeError
-from rlhf.fused_loss import weighted_cross_entropy
+from rlhf.fused_loss import target_log_probs, weighted_cross_entropy
 from rlhf.losses import cross_entropy
 from rlhf.recipe import Model
 
@@ -102,8 +102,7 @@ class LanguageModel(nn.Module):
         """
         hidden, head = hidden_states(self.inner, batch)[batch.before], self.inner.get_output_embeddings()
         targets = batch.tokens[batch.rows]
-        plain = type(head) is nn.Linear and getattr(head, "bias", None) is None  # no adapter in it
-        if summed and plain and temperature == 1 and torch.is_grad_enabled():
+        if summed and is_plain(head) and temperature == 1 and torch.is_grad_enabled():
             return weighted_cross_entropy(hidden, head.weight, targets, batch.weights)
         found = log_probs(hidden, head, targets, temperature, entropy)
         return cross_entropy(found, batch.weights) if summed else found
@@ -126,12 +125,14 @@ class ScalarModel(nn.Module):
 def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """The last hidden states of a packed batch, [T, hidden]."""
     out = model.base_model(input_ids=batch.tokens[None], position_ids=batch.positions[None], segments=batch.segments, use_cache=False)
-    return out.last_hidden_state[0]
+    return out.last_hidden_state.squeeze(0)
 
 
 def log_probs(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, temperature: float, entropy: bool = False) -> torch.Tensor:
     """log softmax(head(hidden) / temperature)[targets], float32 [R], for hidden [R, d] and targets int64 [R]; with `entropy` [R, 2], the
     second column -sum_v p_v log p_v."""
+    if is_plain(head) and not entropy:
+        return target_log_probs(hidden / temperature, head.weight, targets, keep=len(hidden) <= rows_at_once(len(head.weight)))
 
     def some(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         logits = head(h).float()
@@ -143,6 +144,11 @@ def log_probs(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, temp
         return torch.stack([found, logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)], 1)
 
     return in_chunks(some, head.weight.shape[0], hidden, targets, keep=not entropy)
+
+
+def is_plain(head: nn.Module) -> bool:
+    """A matrix and nothing else: no bias, no adapter in it."""
+    return type(head) is nn.Linear and head.bias is None
 
 
 def rows_at_once(vocabulary: int) -> int:

@@ -66,15 +66,18 @@ def ppo_step(graph: Graph, recipe: Recipe, prompts: Prompts, step: int, running:
     metrics = wait({"policy[0]": facts}, seconds, f"{now}: advantages")["policy[0]"]
     refuse_gap(metrics["log_prob_gap"], recipe, f"{now}: the rollout")
 
-    learned = wait(start_learners(graph, "update", experience, step), seconds, f"{now}: update")
+    learning = {role: graph[role].start("update", experience, step) for role in learners(graph)}
+    learned = wait(learning["policy"], seconds, f"{now}: update")
     if config.one_pass:  # the first to know
-        metrics["log_prob_gap"] = float(np.max([learned[name].pop("log_prob_gap") for name in learned if name.startswith("policy[")]))
+        metrics["log_prob_gap"] = float(np.max([figures["log_prob_gap"] for figures in learned.values()]))
         refuse_gap(metrics["log_prob_gap"], recipe, f"{now}: the rollout")
-    for role in learners(graph):
-        metrics |= {f"{role}_{name}": value for name, value in learned[f"{role}[0]"].items()}
-
+    # The engines need nothing of the critic, which may still be learning.
     metrics |= sync_weights(graph, recipe, version=f"step-{step + 1}") | {"prompts": asked}
-    return metrics | gate(graph, recipe, prompts, step)
+    metrics |= gate(graph, recipe, prompts, step)
+    for role, calls in learning.items():
+        figures = wait(calls, seconds, f"{now}: update")[f"{role}[0]"]
+        metrics |= {f"{role}_{name}": value for name, value in figures.items() if name != "log_prob_gap"}
+    return metrics
 
 
 def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) -> None:

@@ -109,6 +109,11 @@ class Ppo(Optimizer):
     learning_rate: float = key(1e-5, "Peak learning rate of the policy.", unit="per step", gt=0)
     critic_learning_rate: float = key(1e-4, "Peak learning rate of the critic.", unit="per step", gt=0)
     weight_decay: float = key(0.0, "Decoupled weight decay; norms and biases are spared.", ge=0, source="arXiv:1711.05101")
+    compile: Literal["auto"] | bool = key(  # type: ignore[assignment]  # decided before a learner sees it
+        "auto",
+        "Compile each block of all four models with torch.compile: faster steps after a first one that takes a minute. CPUs need g++. "
+        "`auto`: when the run is long enough to win more than that minute.",
+    )
 
     # rewards
     reward_function: str | None = key(

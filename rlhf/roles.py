@@ -26,7 +26,7 @@ from data.packing import Sample, balance, pack, uncounted
 from rlhf import buckets
 from rlhf.adapters import adapter_config, lora_weights, save_merged, with_adapter
 from rlhf.experience import Experience, Floats, Ints, Rollout, Scores, align, estimate, merge, samples, together, worths
-from rlhf.learner import Learner, Loss, full_weights, shard
+from rlhf.learner import Learner, Loss, compile_blocks, full_weights, pays_to_compile, shard
 from rlhf.loss_weights import varied
 from rlhf.losses import clipped_value, kl, policy_loss
 from rlhf.memory import Memory, available, estimate_memory, explained
@@ -50,6 +50,19 @@ class Role(Worker):
             use_deterministic_kernels()
         self.recipe, self.config, self.path = recipe, recipe.ppo, model
         self.device = hardware().device
+
+    def compiles(self, model: torch.nn.Module) -> bool:
+        """Whether this role's blocks are compiled: by `ppo.compile`, as if it learned from what the policy learns from. So the reference
+        is computed as the policy is, and they agree to the last bit while they have the same weights."""
+        config = self.config
+        tokens = config.steps * config.epochs * config.samples * (config.max_prompt_tokens + config.max_response_tokens)
+        return pays_to_compile(model, tokens / config.groups.policy.workers) if config.compile == "auto" else config.compile
+
+    def frozen(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A model that only ever scores, on this rank's device."""
+        if self.compiles(model):
+            compile_blocks(model)
+        return shard(model.to(self.device), self.world).eval()
 
     def held(self) -> tuple[torch.nn.Module, list[torch.optim.Optimizer]] | None:
         """What lies on the device: a model and what optimizes it. None before `load`."""
@@ -100,7 +113,7 @@ class ReferenceWorker(WeightSender, Role):
     """The frozen model that KL is measured against."""
 
     def load(self) -> None:
-        self.model = shard(LanguageModel(load_causal_lm(self.path)).to(self.device), self.world).eval()
+        self.model = self.frozen(LanguageModel(load_causal_lm(self.path)))
 
     def log_probs(self, *rollouts: Rollout) -> Scores:
         """log pi_ref of every response token."""
@@ -115,7 +128,7 @@ class RewardWorker(Role):
     """The reward model: each head's score of every response, read at its last token."""
 
     def load(self) -> None:
-        self.model = shard(ScalarModel(load_reward_model(self.path)).to(self.device), self.world).eval()
+        self.model = self.frozen(ScalarModel(load_reward_model(self.path)))
 
     def scores(self, *rollouts: Rollout) -> Scores:
         heads = self.recipe.reward.heads
@@ -137,6 +150,9 @@ class LearningRole(Role):
 
     def held(self) -> tuple[torch.nn.Module, list[torch.optim.Optimizer]] | None:
         return (self.learner.model, self.learner.optimizers) if hasattr(self, "learner") else None
+
+    def learning(self, model: torch.nn.Module, steps: int, learning_rate: float | None = None) -> Learner:
+        return Learner(model, self.config.model_copy(update={"compile": self.compiles(model)}), steps, learning_rate)
 
     def save(self, step: int) -> None:
         self.learner.save(self.checkpoints, step)
@@ -187,7 +203,7 @@ class PolicyWorker(WeightSender, LearningRole):
         model, adapter = load_causal_lm(self.path), self.config.adapter
         if adapter.method == "lora":
             model = with_adapter(model, adapter, self.recipe.seed)
-        self.learner = Learner(LanguageModel(model), self.config, steps)
+        self.learner = self.learning(LanguageModel(model), steps)
         self.checkpoints = checkpoints
 
     def log_probs(self, *rollouts: Rollout) -> Scores:
@@ -260,7 +276,7 @@ class CriticWorker(LearningRole):
 
     def load(self, steps: int, checkpoints: Path) -> None:
         critic = ScalarModel(load_critic(self.path))
-        self.learner = Learner(critic, self.config, steps, learning_rate=self.config.critic_learning_rate)
+        self.learner = self.learning(critic, steps, self.config.critic_learning_rate)
         self.checkpoints = checkpoints
 
     def values(self, *rollouts: Rollout) -> Scores:

@@ -8,7 +8,6 @@ of them is decided by `balance`, the same on every worker, so the number of work
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch.nn as nn
 from transformers import PreTrainedModel
 
 from cluster import checkpoints
-from cluster.hardware import hardware, use_deterministic_kernels
+from cluster.hardware import use_deterministic_kernels
 from cluster.training import Layout, Report, fit
 from data.errors import DataError
 from data.order import batch_indices
@@ -31,17 +30,13 @@ from data.tokenizers import load as load_tokenizer
 from rlhf.efficiency import Clock
 from rlhf.errors import NotFinite
 from rlhf.health import Health
-from rlhf.learner import Learner, Loss, full_weights
+from rlhf.learner import Learner, Loss, full_weights, pays_to_compile
 from rlhf.memory import available, estimate_memory, explained, largest_micro_batch, least_of_all
 from rlhf.models import Batch, save_model
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe, Training
 
 Unit = list[Sample]
-
-# FLOP of one rank from which on compiled blocks win more than they cost: 12 % of ten minutes of a core at 70 GFLOP/s; of a GPU's at 40 %
-# of an H100's peak.
-WORTH_COMPILING = {"cpu": 4e13, "cuda": 2e17}
 
 
 @dataclass(frozen=True)
@@ -201,13 +196,6 @@ def worker(config: dict[str, Any], report: Report) -> None:
     dist.barrier()
     parameters = sum(p.numel() for p in learner.model.parameters())
     report({"results": {**validated, "steps": task.steps, "parameters": parameters, **clock.summary()}})
-
-
-def pays_to_compile(model: nn.Module, tokens: float) -> bool:
-    """Is it a minute's gain to compile, for a rank that trains on so many tokens? A function of the recipe, not of a clock: a resumed
-    run has to compute what it computed before, to the last bit."""
-    work = 6 * sum(p.numel() for p in model.parameters()) * tokens
-    return work > WORTH_COMPILING[hardware().device.type] and (hardware().is_gpu or shutil.which("g++") is not None)
 
 
 def sources(units: Units, ids: Sequence[int]) -> list[str]:

@@ -113,7 +113,8 @@ def test_an_adapter_alone_goes_to_the_engines(ray_session, made, tmp_path):
     )
     rows = train(recipe, made, tmp_path / "out")
     assert all(row["sync/log_prob_gap"] < 1e-4 and row["ppo/log_prob_gap"] < 1e-4 for row in rows)
-    assert rows[1]["ppo/kl"] > rows[0]["ppo/kl"] == pytest.approx(0, abs=1e-4), "the engines answer with what was learned"
+    # Of eight short answers k1 may be negative.
+    assert abs(rows[1]["ppo/kl"]) > 1e-3 > 1e-4 > abs(rows[0]["ppo/kl"]), "the engines answer with what was learned"
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert all(".lora_" in name for name in adapter)
     merged, before = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "out", made["sft"]))

@@ -22,10 +22,11 @@ from data.tokenizers import train as train_tokenizer
 from rlhf import reward, sft
 from rlhf.errors import NotFinite, TrainingError
 from rlhf.health import LEAST
+from rlhf.learner import WORTH_COMPILING, pays_to_compile
 from rlhf.losses import cross_entropy
 from rlhf.models import Batch, LanguageModel, save_model
 from rlhf.recipe import Recipe
-from rlhf.training import WORTH_COMPILING, Task, Units, pays_to_compile, worker
+from rlhf.training import Task, Units, worker
 
 STEPS, BATCH, UNITS = 30, 4, 200
 RECIPE: dict[str, Any] = {

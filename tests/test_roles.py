@@ -1,0 +1,65 @@
+"""The roles of the actor graph in one process: what `ppo.compile` makes of them."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import causal_lm
+
+from data import tokenizers
+from rlhf.experience import Rollout
+from rlhf.models import save_model
+from rlhf.recipe import Recipe
+from rlhf.roles import PolicyWorker, ReferenceWorker
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tokenizer = tokenizers.train(["one word is not much of a text"], 261)
+    made = causal_lm(vocab_size=tokenizer.vocab_size)
+    save_model(made, dict(made.state_dict()), tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def recipe(**ppo: object) -> Recipe:
+    sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
+    return Recipe.model_validate({"name": "t", "data": sources, "ppo": ppo})
+
+
+def rollout(lengths: list[int]) -> Rollout:
+    rng, n = np.random.default_rng(sum(lengths)), len(lengths)
+    tokens = rng.integers(1, 250, 3 * n + sum(lengths)).astype(np.int32)
+    log_probs = np.zeros(sum(lengths), np.float32)
+    return Rollout(np.arange(n), np.full(n, 3), np.array(lengths), tokens, np.ones(n, bool), log_probs, "v")
+
+
+@NEEDS_COMPILER
+def test_a_long_run_is_compiled_and_its_roles_alike(model: Path) -> None:
+    """By what the recipe says the policy learns from, whoever of them scores it; ranks share the work."""
+    found = {}
+    for steps, workers in ((40, 1), (400_000_000, 1), (400_000_000, 10_000_000)):
+        asked = recipe(steps=steps, groups={"policy": {"workers": workers}})
+        roles = [kind(0, 1, 1, asked, model) for kind in (PolicyWorker, ReferenceWorker)]
+        found[steps, workers] = {role.compiles(causal_lm()) for role in roles}
+    assert list(found.values()) == [{False}, {True}, {False}]
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_compiled_roles_say_what_plain_ones_do(model: Path, tmp_path: Path) -> None:
+    """Policy and reference agree to the last bit while they have the same weights."""
+    asked = {compiled: recipe(compile=compiled, steps=1) for compiled in (True, False)}
+    policy, plain = (PolicyWorker(0, 1, 1, asked[compiled], model) for compiled in (True, False))
+    reference = ReferenceWorker(0, 1, 1, asked[True], model)
+    for role in (policy, plain):
+        role.load(1, tmp_path)
+    reference.load()
+    for lengths in ([5, 9, 2], [4, 4], [1, 1, 7, 3, 8]):
+        (index, ours), (_, frozen), (_, eager) = (role.log_probs(rollout(lengths)) for role in (policy, reference, plain))
+        assert sorted(index) == list(range(len(lengths)))
+        assert np.array_equal(ours, frozen)
+        torch.testing.assert_close(torch.from_numpy(ours), torch.from_numpy(eager), atol=1e-5, rtol=1e-5)
