@@ -3,8 +3,8 @@
     python -m benchmarks.algorithms --json algorithms.json
     python -m benchmarks.algorithms --only rloo --only gspo --seeds 3
 
-"Write the letter e": the reward is the share of that letter in the answer (`benchmarks/letter.py`). The model has learned to answer with
-any letters. Rows are {"algorithm", "seed", "first", "last", "seconds"}: mean rewards of the first and of the last two rollouts.
+The model has learned to answer with any of eight letters; the reward is the share of one of them in the answer (`benchmarks/letter.py`), so
+it begins at an eighth. Rows are {"algorithm", "seed", "first", "last", "seconds"}: mean rewards of the first and of the last two rollouts.
 """
 
 import argparse
@@ -46,15 +46,15 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 
 def recipe(folder: Path, seed: int) -> Path:
-    """A recipe without its algorithm, and data for it: letters asked for, answered by any letters."""
+    """A recipe without its algorithm, and data for it: requests that any letters answer."""
     pick = random.Random(0)
-    asked = [f"Write the letter {letter}, as number {i} of many." for letter in LETTERS for i in range(60)]
+    asked = [f"Write letters, as number {i} of many." for i in range(480)]
     answers = ["".join(pick.choices(LETTERS, k=pick.randint(4, 8))) for _ in asked]
     messages = [[{"role": "user", "content": question}] for question in asked]
     rows = {
         "text": [{"text": f"{question} {answer}"} for question, answer in zip(asked, answers, strict=True)],
         "chat": [{"messages": [*said, {"role": "assistant", "content": answer}]} for said, answer in zip(messages, answers, strict=True)],
-        "prompts": [{"messages": said, "answer": question.split()[3][0]} for said, question in zip(messages, asked, strict=True)],
+        "prompts": [{"messages": said, "answer": LETTERS[0]} for said in messages],
     }
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -104,7 +104,7 @@ def learn(name: str, path: Path, run_dir: Path) -> dict[str, Any]:
         run(recipe_file.load(path, keys), {stage: run_dir / stage for stage in ("data", "sft")}, out, monitor)
     rows = curve(out)
     first, last = (statistics.mean(row["ppo/reward"] for row in some) for some in (rows[:2], rows[-2:]))
-    return {"algorithm": name, "first": first, "last": last, "seconds": sum(row["seconds"] for row in rows)}
+    return {"algorithm": name, "first": first, "last": last, "seconds": sum(row["ppo/seconds"] for row in rows)}
 
 
 def main() -> None:
