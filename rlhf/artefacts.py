@@ -107,6 +107,11 @@ class Identity:
         return {"stage": self.stage, "hash": self.hash, "recipe": self.recipe, "inputs": self.inputs, "parents": self.parents}
 
 
+def run_directory(recipe: Recipe) -> Path:
+    """Absolute, since workers have working directories of their own."""
+    return Path(recipe.runs_dir).expanduser().absolute() / recipe.name
+
+
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """The stages of a recipe, in order."""
     return _line(recipe.align, recipe.has_reward_model)

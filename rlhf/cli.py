@@ -109,7 +109,7 @@ def tune(
     """Search recipe keys with Ray Tune: loguniform(a, b), uniform(a, b), randint(a, b), choice(x, y, ...)."""
     if better not in (None, "min", "max"):
         raise RecipeError(f"--better {better}: min or max")
-    from rlhf.pipeline import run_directory
+    from rlhf.artefacts import run_directory
     from rlhf.tuning import search
 
     found = search(recipe, overrides, metric, better, trials, at_once)

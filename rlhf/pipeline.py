@@ -25,6 +25,7 @@ from data.files import write_json
 from rlhf import artefacts, preflight, recipe_file
 from rlhf.artefacts import ALIGNING, STAGES, Identity, stages_in, stages_of
 from rlhf.errors import RecipeError
+from rlhf.inputs import outside_inputs
 from rlhf.monitoring import Monitor, console, duration, read_metrics, say
 from rlhf.recipe import Recipe
 
@@ -75,7 +76,7 @@ def run(
     """
     chosen = choose(stages_of(recipe), only, start, until)
     preflight.check(recipe, chosen)
-    run_dir = run_directory(recipe)
+    run_dir = artefacts.run_directory(recipe)
     with artefacts.lock(run_dir), _raising_on_sigterm():
         identities = artefacts.identities(recipe, outside_inputs(recipe))
         _require_made(run_dir, identities, chosen)
@@ -130,39 +131,6 @@ def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
         needed = len(meeting) + (transport(recipe) in BROADCASTS)  # the policy meets them once more to send its weights
         if needed:
             ports.check(recipe.cluster.ports, needed, recipe.cluster.placement_timeout_s)
-
-
-def run_directory(recipe: Recipe) -> Path:
-    """Absolute, since workers have working directories of their own."""
-    return Path(recipe.runs_dir).expanduser().absolute() / recipe.name
-
-
-def outside_inputs(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """Digests of what the stages read from outside the run: the sources, the model that training starts from, teachers."""
-    from rlhf.stage_data import source_digest
-
-    data = recipe.data
-    sources = dict.fromkeys([*data.pretrain, *data.sft, *data.preferences, *data.prompts, *data.decontaminate.against])
-    found: dict[str, dict[str, str]] = {"data": {s: source_digest(s) for s in sources}}
-    if recipe.model.init is not None:
-        model = Path(recipe.model.init).expanduser()
-        found["pretrain"] = {"model.init": artefacts.digest(model)}
-        if recipe.tokenizer.encoding == "model":
-            names = [n for n in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja") if (model / n).exists()]
-            found["data"] |= {f"model.init/{n}": artefacts.digest(model / n) for n in names}
-    for run in data.earlier:
-        found["data"][f"data.earlier/{run}"] = artefacts.digest(Path(run).expanduser() / "data" / "pretrain" / "train" / "manifest.json")
-    if data.exclude is not None:
-        found["data"]["data.exclude"] = artefacts.digest(Path(data.exclude).expanduser())
-    if recipe.tokenizer.extend is not None:
-        found["data"]["tokenizer.extend"] = artefacts.digest(Path(recipe.tokenizer.extend).expanduser())
-    if (function := recipe.ppo.reward_function) is not None:
-        path, colon, name = function.rpartition(":")
-        counted = f"{artefacts.digest(Path(path).expanduser())} {name}" if colon else name
-        found |= {stage: {"ppo.reward_function": counted} for stage in ("ppo", "evaluate")}
-    for stage, (key, teacher) in preflight.teachers(recipe).items():
-        found[stage] = {key: artefacts.digest(teacher)}
-    return found
 
 
 def write_summary(run_dir: Path) -> None:

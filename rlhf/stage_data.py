@@ -15,7 +15,7 @@ from typing import Any
 
 from data.files import write_json
 from data.stores import File
-from rlhf.artefacts import digest, read_json
+from rlhf.artefacts import read_json
 from rlhf.errors import RecipeError
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Recipe
@@ -99,13 +99,14 @@ def predict(recipe: Recipe, share: float) -> dict[str, float]:
     The full run of the same recipe and inputs says how good the prediction was.
     """
     from data import dry_run
-    from rlhf import artefacts, pipeline
+    from rlhf import artefacts
+    from rlhf.inputs import outside_inputs
 
     files, tokenizer = _files(recipe, recipe.data.pretrain), _ready_tokenizer(recipe)
     figures = dry_run.predict(files, tokenizer, _steps(recipe), share, _evaluations(recipe))
-    run_dir = pipeline.run_directory(recipe)
+    run_dir = artefacts.run_directory(recipe)
     run_dir.mkdir(parents=True, exist_ok=True)
-    identity = artefacts.identities(recipe, pipeline.outside_inputs(recipe))["data"]
+    identity = artefacts.identities(recipe, outside_inputs(recipe))["data"]
     write_json(run_dir / PLAN, {"hash": identity.hash, "share": share, "figures": figures})
     return figures
 
@@ -120,22 +121,6 @@ def _checked_prediction(out: Path, manifest: dict[str, Any]) -> list[dict[str, A
         return []
     found = dry_run.found(manifest, costs)
     return [{"name": name, "predicted": plan["figures"][name], "found": value} for name, value in found.items()]
-
-
-def source_digest(source: str) -> str:
-    """What is behind a source, as a short text: of the catalogue its pinned package, of files their content, of an object store's
-    their size and time.
-
-    Nothing is fetched.
-    """
-    from data.catalog import CATALOG, resolve
-    from data.stores import stamp
-
-    name, colon, _ = source.partition(":")
-    if colon and (base := name.partition("?")[0]) in CATALOG:  # options stand in the recipe itself
-        dataset = CATALOG[base]
-        return f"{dataset.package.name} {dataset.package.version} {dataset.package.sha256} {dataset.version}"
-    return " ".join(digest(file) if isinstance(file, Path) else stamp(file) for file in resolve(source, ""))
 
 
 def _steps(recipe: Recipe) -> Any:

@@ -28,6 +28,7 @@ from data.files import write_json
 from rlhf import artefacts, pipeline, recipe_file
 from rlhf.artefacts import stages_of
 from rlhf.errors import RecipeError
+from rlhf.inputs import outside_inputs
 from rlhf.monitoring import say
 from rlhf.recipe import Recipe
 
@@ -79,7 +80,7 @@ def search(path: Path, overrides: Sequence[str], metric: str, better: str | None
     stage = metric.partition("/")[0]
     if stage not in stages_of(base):
         raise RecipeError(f"--metric {metric}: a figure of summary.json is needed, as {', '.join(BETTER)}")
-    run_dir = pipeline.run_directory(base)
+    run_dir = artefacts.run_directory(base)
     asked = [_sample(path, fixed, spaces, i, base, run_dir / "tune") for i in range(trials)]
     with connect(base.cluster.address):
         shared = _shared(base, [trial.recipe for trial in asked], stage)
@@ -129,7 +130,7 @@ def _draw(key: str, text: str, rng: np.random.Generator) -> str:
 def _shared(base: Recipe, recipes: list[Recipe], stage: str) -> tuple[str, ...]:
     """The stages before the metric's that are the same in all trials as in the run itself."""
     line = stages_of(base)
-    of = [artefacts.identities(r, pipeline.outside_inputs(r)) for r in (base, *recipes)]
+    of = [artefacts.identities(r, outside_inputs(r)) for r in (base, *recipes)]
     shared = []
     for name in line[: line.index(stage)]:
         if len({found[name].hash for found in of}) > 1:
@@ -202,7 +203,7 @@ def _trainable() -> type:
         def setup(self, config: dict[str, Any]) -> None:
             self.stage, self.metric = config["stage"], config["metric"]
             recipe = Recipe.model_validate(config["recipe"])
-            self.run_dir = pipeline.run_directory(recipe)
+            self.run_dir = artefacts.run_directory(recipe)
             self.pipeline = ThreadPoolExecutor(1).submit(pipeline.run, recipe, until=self.stage)
             self.told = 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.quality import count
 from data.rules import Quality
-from rlhf import pipeline, recipe_file, recipe_quality
+from rlhf import artefacts, recipe_file, recipe_quality
 from rlhf.errors import RecipeError
 
 Counts = dict[str, tuple[int, int]]
@@ -33,7 +33,7 @@ def what_if(run_or_recipe: Path, overrides: list[str]) -> tuple[Counts, Counts]:
     ]
     if now.c4_lines != then.c4_lines or c4:
         raise RecipeError("c4@1 takes lines out of the texts: what is left under other settings is known after another `roundhouse run`")
-    run_dir = run_or_recipe if run_or_recipe.is_dir() else pipeline.run_directory(recipe)
+    run_dir = run_or_recipe if run_or_recipe.is_dir() else artefacts.run_directory(recipe)
     files = sorted((run_dir / "data" / "pretrain" / "documents").glob("*.parquet"))
     if not files:
         raise RecipeError(f"{run_dir} has no prepared corpus; `roundhouse run {path} --only data` makes it")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rlhf import recipe_file, recipe_keys
 from rlhf.artefacts import identities, stages_of
 from rlhf.errors import RecipeError
-from rlhf.pipeline import outside_inputs
+from rlhf.inputs import outside_inputs
 from rlhf.recipe import Ppo, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
