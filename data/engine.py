@@ -13,6 +13,7 @@ import queue
 import resource
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,9 @@ from data.reading import ordered
 Result = dict[str, Any]
 DEADLINE_S = 3600.0  # until the next part is done; one of 64 MB takes half a minute
 TRIES = 4  # of a part whose worker dies
+
+# `max_retries` goes through `ray_remote_args`, whose named successors (ray 2.60) leave it out.
+warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
 
 
 class Sized(Protocol):
