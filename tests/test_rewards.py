@@ -144,7 +144,7 @@ def test_prompts_of_a_rollout() -> None:
 
 
 def prepared(folder: Path, lines: list[dict]) -> Path:
-    tokenizer = tokenizers.train(["Spell sun, cat, dog and fox backward. " * 20], 300)
+    tokenizer = tokenizers.train(["Spell sun, cat, dog and fox backward. " * 20], 280)
     (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tokenizer.save(folder / "tokenizer")
     prepare_prompts([folder / "lines.jsonl"], tokenizer, folder / "prompts", **OPTIONS)
