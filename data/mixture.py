@@ -17,7 +17,7 @@ which documents have which `category` in their rows.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -33,6 +33,7 @@ from data import fates
 from data.errors import DataError
 
 FINEST = 1_000_000  # longest period that is kept: 2 s to make, 12 MB. Mixtures of more places know weights to the millionth
+Window = tuple[int, int, int]  # the first place that it may stand at, the place after its last, its source
 
 
 @dataclass(frozen=True)
@@ -234,20 +235,12 @@ def whole_parts(weights: Sequence[float], places: int) -> tuple[int, ...]:
 def interleaved(parts: tuple[int, ...], length: int) -> np.ndarray:
     """The source at each of the first `length` places, int32; see the top of this file."""
     total = sum(parts)
-    order = np.empty(length, np.int32)
-    ready = [(-(-total // part), source) for source, part in enumerate(parts) if part]  # (place after its last, source)
-    heapify(ready)
-    later: list[tuple[int, int, int]] = []  # (its first place, place after its last, source)
-    taken = [0] * len(parts)
-    for place in range(length):
-        while later and later[0][0] <= place:
-            heappush(ready, heappop(later)[1:])
-        _, source = heappop(ready)
-        order[place] = source
-        taken[source] += 1
-        done, part = taken[source], parts[source]
-        heappush(later, (done * total // part, -(-(done + 1) * total // part), source))
-    return order
+
+    def window(source: int, j: int) -> Window:
+        part = parts[source]
+        return (j - 1) * total // part, -(-j * total // part), source
+
+    return _earliest_deadline(window, [source for source, part in enumerate(parts) if part], length)
 
 
 def ramped(parts: tuple[int, ...], to: tuple[int, ...], length: int) -> np.ndarray:
@@ -276,18 +269,25 @@ def ramped(parts: tuple[int, ...], to: tuple[int, ...], length: int) -> np.ndarr
 
     begins = [first_above(source, 0) - 1 for source in range(len(parts))]  # first place of each source's next window
 
-    def window(source: int, j: int) -> tuple[int, int, int]:
-        """(its first place, place after its last, source)"""
+    def window(source: int, j: int) -> Window:
         begin, stop = begins[source], first_above(source, j * whole - 1)
         passes = stop * linear[source] + stop**2 * square[source] > j * whole
         begins[source] = (stop if passes else first_above(source, j * whole)) - 1
         return begin, stop, source
 
+    return _earliest_deadline(window, [source for source in range(len(parts)) if parts[source] or to[source]], length)
+
+
+def _earliest_deadline(window: Callable[[int, int], Window], sources: Sequence[int], length: int) -> np.ndarray:
+    """The source at each of `length` places, int32: of the windows that may stand there, the one whose last place comes first.
+
+    `window(source, j)` is asked for every source's windows in turn, j = 1, 2, ...
+    """
     order = np.empty(length, np.int32)
-    later = [window(source, 1) for source in range(len(parts)) if parts[source] or to[source]]
+    later = [window(source, 1) for source in sources]
     heapify(later)
-    ready: list[tuple[int, int]] = []
-    taken = [0] * len(parts)
+    ready: list[tuple[int, int]] = []  # (place after its last, source)
+    taken = dict.fromkeys(sources, 0)
     for place in range(length):
         while later and later[0][0] <= place:
             heappush(ready, heappop(later)[1:])
