@@ -7,10 +7,11 @@ classes()[ord("a")] & ALPHABETIC       # not 0
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import regex
+
+from data.kernels import table
 
 SPACE, LINE, ALPHABETIC, MARK, LETTER, LOWER, UPPER, DIGIT = (1 << i for i in range(8))
 PREFIX, SUFFIX, QUOTE, ICON, CURRENCY, STOP, PUNCTUATION, BEFORE_DOT, HAN, FACE = (1 << i for i in range(8, 18))
@@ -41,17 +42,17 @@ class Texts:
         return Texts(points, offsets)
 
 
-@lru_cache(maxsize=1)
+@table
 def classes() -> np.ndarray:
     """uint32 `[LIMIT]`: the classes of every character, or-ed."""
     points = np.arange(LIMIT, dtype=np.uint32)
     points[0xD800:0xE000] = 0xFFFF  # surrogates are no characters
     characters = points.view("<U1")
     everything = "".join(characters[points != 0xFFFF].tolist())  # NUL is dropped by numpy, which no class but MARK misses
-    table = np.zeros(LIMIT, dtype=np.uint32)
+    found = np.zeros(LIMIT, dtype=np.uint32)
 
     def mark(kind: int, which: str | np.ndarray) -> None:
-        table[[ord(c) for c in which] if isinstance(which, str) else which] |= np.uint32(kind)
+        found[[ord(c) for c in which] if isinstance(which, str) else which] |= np.uint32(kind)
 
     categories = np.array([unicodedata.category(c)[0] + (unicodedata.category(c)[1:] if ord(c) else "") for c in map(chr, range(LIMIT))])
     alphabetic, upper, lower = np.char.isalpha(characters), np.char.isupper(characters), np.char.islower(characters)
@@ -83,4 +84,4 @@ def classes() -> np.ndarray:
         np.array([0x3400 <= i < 0x4DC0 or 0x4E00 <= i < 0xA000 or 0xF900 <= i < 0xFB00 or 0x20000 <= i < 0x33480 for i in range(LIMIT)]),
     )
     mark(FACE, "():;=[]<>8xX'’")
-    return table
+    return found

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
-import ray
+import ray.data
 
 from data.errors import DataError
 from data.files import write_bytes

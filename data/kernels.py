@@ -1,22 +1,31 @@
-"""Loops over characters and words, compiled: `@kernel` is numba's njit, its result kept for the next process.
+"""What takes a moment to make and every worker needs, kept for the next process: compiled loops and tables of characters.
 
-    @kernel
+    @kernel                                # numba's njit
     def count(points): ...
+
+    @table                                 # an array that takes a while
+    def classes(): ...
 
 It is kept beside the package, in the user's cache if that is read-only, and not at all if that is too. numba looks for changes in the
 kernel's own file alone, and would go on with what another kernel or a table used to be; so the folder's name is a hash of all files here.
 """
 
 import hashlib
+import io
 import shutil
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import numba
+import numpy as np
+import regex
+
+from data.files import write_bytes
 
 HERE = Path(__file__).resolve().parent
 
@@ -30,6 +39,30 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(cache=True)(function)
     finally:
         numba.config.CACHE_DIR = usual
+
+
+def table(function: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+    """What `function` returns, made once on a machine: two tables were 0.5 s of every worker's start. It may depend on these sources and
+    on what Python and regex know of Unicode."""
+
+    @cache
+    @wraps(function)
+    def kept() -> np.ndarray:
+        name = f"{function.__module__}.{function.__name__}-{unicodedata.unidata_version}-{regex.__version__}.npy"
+        path = None if (folder := _folder()) is None else folder / name
+        if path is not None:
+            with suppress(OSError, ValueError, EOFError):
+                found: np.ndarray = np.load(path)
+                return found
+        found = function()
+        if path is not None:
+            whole = io.BytesIO()
+            np.save(whole, found)
+            with suppress(OSError):
+                write_bytes(path, whole.getvalue())
+        return found
+
+    return kept
 
 
 @cache

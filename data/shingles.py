@@ -13,13 +13,12 @@ letters stand for themselves.
 
 import unicodedata
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from data.kernels import kernel
+from data.kernels import kernel, table
 
 ALONE = np.uint32(1 << 31)
 """Flag in `folding`: this character is a word by itself."""
@@ -65,25 +64,25 @@ def in_characters(texts: Sequence[str] | pa.Array) -> np.ndarray:
     return _mostly_cjk(*utf8(texts), folding())
 
 
-@cache
+@table
 def folding() -> np.ndarray:
     """uint32 `[65536]`: what a character of the basic plane counts as: NOTHING, SPACE, DIGIT or a letter, ALONE or not."""
     old = unicodedata.ucd_3_2_0
-    table = np.zeros(1 << 16, np.uint32)
+    found = np.zeros(1 << 16, np.uint32)
     for code in range(1 << 16):
         char, kind = chr(code), old.category(chr(code))
         if code in _WHITE:
-            table[code] = SPACE
+            found[code] = SPACE
         elif kind == "Nd":
-            table[code] = DIGIT
+            found[code] = DIGIT
         elif kind[0] in "LN" or kind in ("Mc", "Cn"):
             if 0xAC00 <= code <= 0xD7A3:  # a syllable of Hangul stays whole
-                table[code] = code
+                found[code] = code
                 continue
             base = [c for c in old.normalize("NFD", char) if old.category(c) != "Mn"]
             letter = ord(base[0].lower()[0]) if len(base) == 1 and kind != "Cn" else code
-            table[code] = letter | (ALONE if 0x3041 <= letter <= 0x30FF or 0x3400 <= letter <= 0x9FFF else 0)
-    return table
+            found[code] = letter | (ALONE if 0x3041 <= letter <= 0x30FF or 0x3400 <= letter <= 0x9FFF else 0)
+    return found
 
 
 _WHITE = frozenset(WHITE)

@@ -4,7 +4,7 @@
     for warning in health.observe(step, loss, layer_norms): ...        # Warning(kind="spike", layer="layers.3", text="...")
 
 Thresholds are wide on purpose: a warning that comes every hour is not read. What cannot go on (a loss or a gradient that is
-not finite) is not a warning but the learner's TrainingError.
+not finite) is not a warning but the learner's TrainingError. `monotony` is PPO's: rewards that do not differ.
 """
 
 import math
@@ -60,6 +60,16 @@ class Health:
         new = [w for w in found if step - self.said.get((w.kind, w.layer), -QUIET) >= QUIET]
         self.said |= {(w.kind, w.layer): step for w in new}
         return new
+
+
+def monotony(steps: int, reward: float) -> str:
+    """What to say when all answers of so many steps in a row were worth the same, else "". Again every `QUIET` steps."""
+    if steps < PATIENCE or (steps - PATIENCE) % QUIET:
+        return ""
+    return (
+        f"{steps} steps in a row every answer was worth {reward:g}, which teaches nothing. Begin with a model that is right at times, "
+        "ask easier prompts, or give parts of an answer a reward of their own"
+    )
 
 
 def _spread(values: deque[float]) -> float:

@@ -88,6 +88,8 @@ class Learner:
         number of micro-batches. Returns `loss`, `grad_norm`, `learning_rate` and each further sum divided by the count;
         `layer_norms` then holds every layer's gradient norm before clipping.
 
+        A batch that teaches nothing, every gradient being 0 (as answers that are all worth the same), moves nothing.
+
         Raises NotFinite when the loss or the gradient is not finite; the weights are then untouched.
         """
         self.model.train()
@@ -115,7 +117,8 @@ class Learner:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0 if self.taken < self.embeddings_only and not group.get("embeddings") else rate
-            optimizer.step()
+            if grad_norm:  # else momentum alone would move the weights, Muon's for ever: 60 steps of it went 30 nats away
+                optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.taken += 1
         return {**means, "grad_norm": grad_norm, "learning_rate": rate}

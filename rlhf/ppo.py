@@ -29,6 +29,7 @@ from rlhf import timeline
 from rlhf.errors import TrainingError
 from rlhf.generation import generate
 from rlhf.graph import Graph, Prompts, Role, ask_all, engines, open_graph
+from rlhf.health import monotony
 from rlhf.monitoring import Monitor
 from rlhf.recipe import Ppo, Recipe
 from rlhf.roles import CriticWorker, PolicyWorker, ReferenceWorker
@@ -108,7 +109,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         sync_weights(graph, recipe, version=f"step-{start}")
         gate(graph, recipe, [prompts[0]["prompt"].tolist()], start)
 
-        running = running_after(start, config, out)
+        running, equal = running_after(start, config, out), 0
         for step in range(start, config.steps):
             order = (config.rollout_batch, prompts.manifest_hash), (config.spare_prompts, f"{prompts.manifest_hash} spare")
             ids = [int(i) for many, key in order for i in batch_indices(recipe.seed, step, many, len(prompts), key)]
@@ -121,6 +122,9 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             if config.validate_every and (done % config.validate_every == 0 or done == config.steps):
                 metrics["held_out_reward"] = held_out_reward(graph, recipe, unseen)
             monitor.log(done, metrics)
+            equal = equal + 1 if metrics["reward_sd"] == 0 else 0
+            if warning := monotony(equal, metrics["reward"]):
+                monitor.say(f"step {done}: {warning}")
             monitor.progress(done, config.steps, f"reward {metrics['reward']:.3f}  kl {metrics['kl']:.2f}")
             if done % config.checkpoint_every == 0 or done == config.steps:
                 wait(start_learners(graph, "save", done), seconds, "save")

@@ -24,7 +24,8 @@ class Optimizer(Section):
 
     optimizer: Literal["adamw", "muon"] = key(
         "adamw",
-        "`muon` moves the matrices of the blocks by Muon, all else by AdamW; the same rates fit both.",
+        "`muon` moves the matrices of the blocks by Muon, all else by AdamW; the same rates fit both. Muon goes as far for a faint "
+        "gradient as for a strong one: not for rewards that are given rarely.",
         source="arXiv:1711.05101; arXiv:2502.16982",
     )
     learning_rate: float = key(1e-4, "Peak learning rate.", unit="per step", gt=0)

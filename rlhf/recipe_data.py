@@ -121,7 +121,7 @@ class Tokenizer(Section):
         unit="tokens",
         ge=0,
     )
-    vocab_size: int = key(4096, "Size of a trained vocabulary, special tokens included.", unit="tokens", ge=300)
+    vocab_size: int = key(4096, "Size of a trained vocabulary, special tokens included; 261 are the bytes alone.", unit="tokens", ge=261)
 
 
 class Phase(Section):

@@ -11,7 +11,7 @@ from tiny import batch_of, causal_lm, sequences
 
 from rlhf.efficiency import Clock
 from rlhf.errors import NotFinite
-from rlhf.health import LEAST, PATIENCE, QUIET, Health
+from rlhf.health import LEAST, PATIENCE, QUIET, Health, monotony
 from rlhf.learner import Learner
 from rlhf.losses import cross_entropy
 from rlhf.models import Batch, LanguageModel
@@ -90,3 +90,9 @@ def test_clock_counts_flops_by_hand() -> None:
     assert figures["mfu"] * seconds * 1e9 == pytest.approx(2 * by_hand)
     assert 0 <= figures["data_wait_share"] <= 1
     assert np.isfinite(json.loads(json.dumps(clock.summary()))["goodput"])
+
+
+def test_answers_that_are_all_worth_the_same_are_reported_once_in_a_while() -> None:
+    said = [steps for steps in range(60) if monotony(steps, 0.0)]
+    assert said == [PATIENCE, PATIENCE + QUIET, PATIENCE + 2 * QUIET]
+    assert monotony(PATIENCE, 1.0).startswith(f"{PATIENCE} steps in a row every answer was worth 1,")

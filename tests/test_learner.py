@@ -187,6 +187,19 @@ def test_a_micro_batch_that_counts_nothing() -> None:
     assert torch.equal(flat(a), flat(b))
 
 
+@pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adamw", "muon"])
+def test_a_batch_that_teaches_nothing_moves_nothing(config: Optimizer) -> None:
+    """Not even by the momentum and the decay of the steps before."""
+    ours = learner(5, config)
+    ours.step([batch_of(step_tokens(0))], loss)
+    before = flat(ours)
+    metrics = ours.step([batch_of(step_tokens(1))], lambda model, batch: (loss(model, batch)[0] * 0, {}))
+    assert metrics["grad_norm"] == 0
+    assert torch.equal(flat(ours), before)
+    ours.step([batch_of(step_tokens(2))], loss)
+    assert not torch.equal(flat(ours), before)
+
+
 def test_layer_norms_add_up_to_the_gradients_norm() -> None:
     ours = learner(5)
     metrics = ours.step([batch_of(step_tokens(0))], loss)

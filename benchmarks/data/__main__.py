@@ -12,8 +12,8 @@ Rows are {"work", "ours", "peer", "theirs", "unit", "ratio"}; a ratio above 1 me
 
 The text: speeches, the code of Python's standard library and the manual pages of this machine (real_text.py), at least `--megabytes` of
 it. The clock starts when a process has imported what it imports and, ours, when Ray is there: Ray's start (3 to 5 s, once) is
-nobody's, as the starts of the others' interpreters are not. Worker processes start within the time of both. What numba compiles is
-compiled before, as on every machine after its first run.
+nobody's, as the starts of the others' interpreters are not. What worker processes import and load is within the time of both. What
+numba compiles is compiled before, as on every machine after its first run. Manual pages take minutes to render, once.
 """
 
 # This folder has no __init__.py on purpose. Ray shows its workers the folder of the script that runs, for many `benchmarks`, and what they
@@ -68,7 +68,7 @@ def show_steps(found: dict[str, list[Figures]], megabytes: float) -> None:
 def main() -> None:
     parser = arguments(__doc__, [contest.work for contest in CONTESTS])
     parser.add_argument("--against", default="datatrove,datasets", help="datatrove, datasets or both")
-    parser.add_argument("--megabytes", type=int, default=64)
+    parser.add_argument("--megabytes", type=int, default=128)
     parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/roundhouse").expanduser())
     asked = parser.parse_args()
     peers = {"datatrove": {"whole way"}, "datasets": {"tokenize", "tokenize, fast"}}
