@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from data.engine import each_part
+from data.engine import each_part, lumps
 from data.errors import DataError
 from data.files import sha256_of
 from data.parts import Part
@@ -41,6 +41,31 @@ def test_results_come_in_order_and_only_once_per_key(ray_session: None, tmp_path
     assert [(tmp_path / f"calls-{i}").read_text() for i in range(5)] == [".", ".", ".", "..", "."]
     each_part("count", work, PARTS, tmp_path / "work", "b")
     assert [(tmp_path / f"calls-{i}").read_text() for i in range(5)] == ["..", "..", "..", "...", ".."]
+
+
+def test_tasks_are_large_first_and_few_parts_last() -> None:
+    mb = 1 << 20
+    assert lumps([8 * mb] * 16, 2) == [4, 7, 10, 12, 14, 15, 16]
+    assert lumps([8 * mb] * 1000, 2)[:2] == [8, 16]  # LUMPS
+    assert lumps([100 * mb] * 3, 2) == [1, 2, 3]
+    assert lumps([mb] * 4, 2) == [2, 3, 4]
+    assert lumps([mb] * 3, 8) == [1, 2, 3]
+    assert lumps([], 2) == []
+
+
+def test_two_tasks_run_at_once_from_the_beginning(ray_session: None, tmp_path: Path) -> None:
+    """Ray Data would run one at a time for its first second, and so for the whole of a small corpus."""
+
+    def work(part: Part) -> dict[str, int]:
+        (tmp_path / f"began-{part.number}").touch()
+        end = time.monotonic() + 5
+        while len(list(tmp_path.glob("began-*"))) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+        return {"rows": len(list(tmp_path.glob("began-*")))}
+
+    each_part("count", lambda part: {"rows": 0}, PARTS, tmp_path / "warm", "a")
+    results = each_part("count", work, PARTS[:2], tmp_path / "work", "a")
+    assert results[0]["rows"] == 2
 
 
 def test_a_part_whose_worker_died_is_done_again(ray_session: None, tmp_path: Path) -> None:
