@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 from head import free_ports, head_node
 
 from cluster import jobs
-from cluster.connect import connect
+from cluster.connect import WORKER_ENV, connect
 from cluster.errors import ClusterError
 from cluster.jobs import python_for, submit
 
@@ -87,3 +88,17 @@ def test_interpreter_of_a_job() -> None:
     assert python_for("http://127.0.0.1:8265") == sys.executable
     assert python_for("https://head.example:8265") == "python"
     assert os.path.isabs(sys.executable)
+
+
+def test_workers_of_a_local_ray_inherit_what_they_need(ray_session: None) -> None:
+    """Those that Ray has started beforehand, with which a first task begins at once; nothing of it stays in this process."""
+    names = [*WORKER_ENV, "PYTHONPATH"]
+
+    @ray.remote
+    def environment() -> dict[str, str | None]:
+        return {name: os.environ.get(name) for name in names}
+
+    found = ray.get(environment.remote(), timeout=60)
+    assert {name: found[name] for name in WORKER_ENV} == WORKER_ENV
+    assert str(ROOT) in (found["PYTHONPATH"] or "").split(os.pathsep)
+    assert not set(WORKER_ENV) & set(os.environ)
