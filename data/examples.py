@@ -47,6 +47,8 @@ ROW_GROUP = 8192  # rows; fixed, so that a file's bytes do not depend on how Ray
 SPLITS = ("train", "validation")
 FORMAT = "roundhouse examples 2"
 
+OPENING = 16  # tokens; below that little is saved
+
 Encode = Callable[[Tokenizer, dict[str, Any]], tuple[list[Message], dict[str, Any]]]
 """(tokenizer, record) -> the messages that decide its split, and its columns."""
 
@@ -107,6 +109,19 @@ def prepare_prompts(files: Sequence[File], tokenizer: Tokenizer, out_dir: Path, 
         return messages, {"prompt": prompt, "answer": answer}
 
     return _prepare(files, tokenizer, out_dir, encode, PROMPTS, **options)
+
+
+def opening(folder: Path) -> int:
+    """With how many tokens all prompts of `folder` begin, those held out too: a system prompt, the wording of a question. Each goes on after
+    them. 0 where they are few."""
+    columns = [Examples(folder, split).table["prompt"].combine_chunks() for split in SPLITS]
+    flat = [(column.values.to_numpy(), column.offsets.to_numpy()[:-1]) for column in columns]
+    first, begins = flat[0]
+    shortest = int(min(pa.compute.min(pa.compute.list_value_length(column)).as_py() for column in columns))
+    for n in range(shortest - 1):
+        if any((values[starts + n] != first[begins[0] + n]).any() for values, starts in flat):
+            return n if n >= OPENING else 0
+    return shortest - 1 if shortest > OPENING else 0
 
 
 def training_texts(files: Sequence[File], validation_fraction: float, fields: Mapping[str, str] | None = None) -> Iterator[str]:

@@ -8,6 +8,9 @@ in every segment, and the first token of a segment is never predicted (nothing s
 
 Answers to one prompt share it: `Sample(tokens, weights, lengths=[P, A, B], prefix=True)` holds a prompt of P tokens and two
 answers that both continue it. The prompt is computed once, and the results are those of two separate rows.
+
+So is what all samples begin with, a system prompt or the wording of a question: `pack(samples, opening=60)` lays their first 60 tokens
+once, and every sample continues them.
 """
 
 import heapq
@@ -61,15 +64,18 @@ class PackedBatch:
     """Per-token extras are `[T]`, per-sample extras are `[n]`."""
 
 
-def pack(samples: Sequence[Sample]) -> PackedBatch:
-    """Lay samples end to end, in the given order.
+def pack(samples: Sequence[Sample], opening: int = 0) -> PackedBatch:
+    """Lay samples end to end, in the given order; the first `opening` tokens, of which none counts, once for all.
 
     All samples must carry the same extras. Raises ValueError when there is nothing to pack, when an array does not match
-    its sample's tokens, or when extras differ between samples: all of these are mistakes of the caller, not of the data.
+    its sample's tokens, when extras differ between samples, or when the samples do not begin with the same `opening` tokens and go on:
+    all of these are mistakes of the caller, not of the data.
     """
     if not samples:
         raise ValueError("pack() needs at least one sample")
     names = samples[0].extras.keys()
+    if opening:
+        samples = _behind_opening(samples, opening)
     lengths: list[int] = []
     prefixes: list[int] = []
     for number, sample in enumerate(samples):
@@ -82,7 +88,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         for name, values in sample.extras.items():
             if np.ndim(values) and len(values) != size:
                 raise ValueError(f"sample {number}: extra {name!r} has {len(values)} values for {size} tokens")
-        prefixes += [-1] + [len(lengths) if sample.prefix else -1] * (len(segments) - 1)
+        prefixes += [0 if opening and number else -1] + [len(lengths) if sample.prefix else -1] * (len(segments) - 1)
         lengths.extend(segments)
 
     sizes, continued = np.asarray(lengths, dtype=np.int64), np.asarray(prefixes)
@@ -92,11 +98,29 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     weights = np.concatenate([np.asarray(s.weights, dtype=np.float32) for s in samples])
     weights[starts[first]] = 0.0
     places = np.arange(len(tokens), dtype=np.int64)
-    positions = places - np.repeat(starts - np.where(first, 0, sizes[continued]), sizes)
+    begins = np.where(first, 0, sizes[continued])  # at which position each segment begins: those before it in its text
+    if opening:
+        begins += np.where(continued > 0, opening, 0)
+    positions = places - np.repeat(starts - begins, sizes)
     before = places - 1
     before[starts] = np.where(first, starts, ends[continued] - 1)
     extras = {name: np.concatenate([np.atleast_1d(s.extras[name]) for s in samples]) for name in names}
     return PackedBatch(tokens, positions, before, lengths, prefixes, weights, extras)
+
+
+def _behind_opening(samples: Sequence[Sample], opening: int) -> list[Sample]:
+    """The opening as a sample of its own, and the samples without it."""
+    first, cut = samples[0], []
+    for number, sample in enumerate(samples):
+        own = [len(sample.tokens)] if sample.lengths is None else list(sample.lengths)
+        if own[0] <= opening or (len(own) > 1 and not sample.prefix):
+            raise ValueError(f"sample {number}: segments {own} do not continue an opening of {opening} tokens")
+        if not np.array_equal(sample.tokens[:opening], first.tokens[:opening]) or np.any(sample.weights[:opening]):
+            raise ValueError(f"sample {number}: its first {opening} tokens count, or are not the first sample's")
+        extras = {name: values[opening:] for name, values in sample.extras.items()}
+        cut.append(Sample(sample.tokens[opening:], sample.weights[opening:], extras, [own[0] - opening, *own[1:]], sample.prefix))
+    once = {name: values[:opening] for name, values in first.extras.items()}
+    return [Sample(first.tokens[:opening], first.weights[:opening], once), *cut]
 
 
 def balance(lengths: Sequence[int], workers: int, budget: int) -> list[list[list[int]]]:

@@ -5,7 +5,8 @@
     model(input_ids=tokens[None], position_ids=positions[None], segments=Segments.of([5, 3], device), use_cache=False)
 
 A segment may continue another one: `Segments.of([5, 3, 4], device, prefixes=[-1, 0, 0])` is a prompt of 5 tokens and two
-answers; each answer sees the prompt and itself. The prompt's layers are computed once for both.
+answers; each answer sees the prompt and itself. The prompt's layers are computed once for both. What is continued may continue
+another one: a system prompt, questions behind it, answers to each.
 
 Keys and values that stand before every text, learned and no token's own (prefix tuning), come with the segments too:
 `Segments.of([5, 3], device, virtual=[(keys, values), ...])`, one pair per layer. Positions then begin at their number.
@@ -35,10 +36,10 @@ backward on one core: prompt 150 + 2 x 60 tokens, 2.0 times: 36 ms against 57 in
 
 @dataclass(frozen=True)
 class Piece:
-    """One attention call: the next `size` tokens of the row; they see all virtual keys, those of the piece `prefix`, and each other."""
+    """One attention call: the next `size` tokens of the row; they see all virtual keys, those of the pieces `above`, and each other."""
 
     size: int
-    prefix: int | None = None
+    above: tuple[int, ...] = ()
     mask: torch.Tensor | None = None  # float32 [queries, keys], 0 or -inf; None: causal
 
 
@@ -79,14 +80,22 @@ class Segments:
     def most_keys(self) -> int:
         """How many keys the last token of a segment sees, in the segment where that is most."""
         before = self.virtual[0][0].shape[2] if self.virtual else 0
-        return before + max(n + (self.lengths[p] if p >= 0 else 0) for n, p in zip(self.lengths, self.prefixes, strict=True))
+        return before + max(sum(self.lengths[p] for p in _text(self.prefixes, i)) for i in range(len(self.lengths)))
+
+
+def _text(prefixes: Sequence[int], i: int) -> list[int]:
+    """The segments of the text that ends with segment i, from its first one on."""
+    text = [i]
+    while (i := prefixes[i]) >= 0:
+        text.append(i)
+    return text[::-1]
 
 
 def _gathered(prefixes: Sequence[int], ends: list[int], before: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Places of each segment's keys, int64 [K], and where they end, int32 [n + 1]; the row's keys stand behind `before` virtual ones."""
     spans = [
-        [(0, before), *[(before + ends[p], before + ends[p + 1])] * (p >= 0), (before + ends[i], before + ends[i + 1])]
-        for i, p in enumerate(prefixes)
+        [(0, before), *[(before + ends[p], before + ends[p + 1]) for p in _text(prefixes, i)]]
+        for i in range(len(prefixes))
     ]
     keys = torch.cat([torch.arange(*span) for some in spans for span in some])
     key_ends = [0, *accumulate(sum(end - start for start, end in some) for some in spans)]
@@ -100,29 +109,40 @@ def _causal(queries: int, keys: int) -> torch.Tensor:
 
 def _pieces(lengths: Sequence[int], prefixes: Sequence[int], ends: list[int], before: int) -> list[Piece]:
     pieces: list[Piece] = []
-    i, n = 0, len(lengths)
-    while i < n:
+    answers: list[list[int]] = [[] for _ in lengths]
+    for i, p in enumerate(prefixes):
+        if p >= 0:
+            answers[p].append(i)
+
+    def lay(i: int, above: tuple[int, ...], seen: int) -> int:
+        """Segment i and all that continues it, behind `seen` keys of the pieces `above`; returns which segment comes next."""
+        own, begins, last = lengths[i], before + seen, i + 1 + len(answers[i])
+        alone = _causal(own, begins + own) if begins else None
+        if not answers[i]:
+            pieces.append(Piece(own, above, alone))
+            return i + 1
+        if answers[i] == list(range(i + 1, last)) and not any(answers[a] for a in answers[i]):
+            start, size = ends[i], ends[last] - ends[i]
+            needed = own * (seen + own / 2) + sum(lengths[a] * (seen + own + lengths[a]) for a in answers[i])
+            if size * (seen + size) <= MOST_WASTE * needed:
+                mask = _causal(size, begins + size)
+                for a in answers[i]:
+                    mask[ends[a] - start : ends[a + 1] - start, begins + own : begins + ends[a] - start] = -torch.inf  # the answers before
+                pieces.append(Piece(size, above, mask))
+                return last
+        after, above = i + 1, (*above, len(pieces))
+        pieces.append(Piece(own, above[:-1], alone))
+        for a in answers[i]:
+            if a != after:
+                break  # told below: whoever continues the same segment has to come next
+            after = lay(a, above, seen + own)
+        return after
+
+    i = 0
+    while i < len(lengths):
         if prefixes[i] >= 0:
-            raise ValueError(f"segment {i} continues segment {prefixes[i]}, but does not stand right after it and its other answers")
-        last = i + 1
-        while last < n and prefixes[last] == i:
-            last += 1
-        start, prefix_end, end = ends[i], ends[i + 1], ends[last]
-        answers = lengths[i + 1 : last]
-        needed = lengths[i] ** 2 / 2 + sum(a * (lengths[i] + a) for a in answers)
-        alone = _causal(lengths[i], before + lengths[i]) if before else None
-        if not answers:
-            pieces.append(Piece(end - start, mask=alone))
-        elif (end - start) ** 2 <= MOST_WASTE * needed:
-            mask = _causal(end - start, before + end - start)
-            for a, b in zip(ends[i + 1 : last], ends[i + 2 : last + 1], strict=True):
-                mask[a - start : b - start, before + prefix_end - start : before + a - start] = -torch.inf  # the answers before
-            pieces.append(Piece(end - start, mask=mask))
-        else:
-            prompt = len(pieces)
-            pieces.append(Piece(prefix_end - start, mask=alone))
-            pieces += [Piece(size, prompt, _causal(size, before + lengths[i] + size)) for size in answers]
-        i = last
+            raise ValueError(f"segment {i} continues segment {prefixes[i]}, but does not stand right after it and what else continues it")
+        i = lay(i, (), 0)
     return pieces
 
 
@@ -173,9 +193,8 @@ def packed_attention(
     queries, keys, values = (of.split([piece.size for piece in segments.pieces], dim=2) for of in (query, key, value))
 
     def attend(at: int, piece: Piece) -> torch.Tensor:
-        before = () if piece.prefix is None else (piece.prefix,)
         k, v = (
-            torch.cat([*first, *(of[i] for i in before), of[at]], dim=2) if first or before else of[at]
+            torch.cat([*first, *(of[i] for i in piece.above), of[at]], dim=2) if first or piece.above else of[at]
             for first, of in ((virtual[:1], keys), (virtual[1:], values))
         )
         mask = None if piece.mask is None else piece.mask.to(query.dtype)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cluster.deadlines import wait
+from data.examples import opening
 from data.packing import pack
 from data.shards import TokenShards
 from data.tokenizers import Tokenizer
@@ -57,11 +58,11 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     tokenizer = load_tokenizer(data / "tokenizer")
     shards, length = data / "pretrain" / "validation", recipe.pretrain.sequence_length
     prompts = held_out(data, recipe.evaluate.prompts)
-    seconds = recipe.cluster.deadline_s
+    seconds, begin_alike = recipe.cluster.deadline_s, opening(data / "prompts")
     roles: dict[str, Role] = {
         "rollout": engines(recipe, models["sft"], tokenizer),
-        "reference": (JudgedModel, (recipe, models["sft"])),
-        "policy": (JudgedModel, (recipe, models["aligned"])),
+        "reference": (JudgedModel, (recipe, models["sft"], begin_alike)),
+        "policy": (JudgedModel, (recipe, models["aligned"], begin_alike)),
         "reward": judge(recipe, inputs),
     }
     with open_graph(recipe, roles) as graph:

@@ -22,7 +22,7 @@ from cluster import checkpoints
 from cluster.connect import object_store_bytes
 from cluster.deadlines import wait
 from cluster.groups import Group
-from data.examples import Examples
+from data.examples import Examples, opening
 from data.order import batch_indices
 from data.tokenizers import load as load_tokenizer
 from rlhf import timeline
@@ -87,16 +87,18 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     tokenizer = load_tokenizer(data / "tokenizer")
     prompts, unseen = Examples(data / "prompts", "train"), held_out(data, recipe.evaluate.prompts)
     seconds, folder = recipe.cluster.deadline_s, out.resolve() / "checkpoints"
-    sft = inputs["sft"].resolve() / "model"
+    sft, begin_alike = inputs["sft"].resolve() / "model", opening(data / "prompts")
+    if begin_alike:
+        monitor.say(f"all prompts begin with the same {begin_alike} tokens, which a micro-batch computes once")
     updates = config.steps * config.epochs * -(-config.samples // config.global_batch)
     roles: dict[str, Role] = {
         "rollout": engines(recipe, sft, tokenizer, config.adapter),
-        "policy": (PolicyWorker, (recipe, sft)),
-        "reference": (ReferenceWorker, (recipe, sft)),
+        "policy": (PolicyWorker, (recipe, sft, begin_alike)),
+        "reference": (ReferenceWorker, (recipe, sft, begin_alike)),
         "reward": judge(recipe, inputs),
     }
     if config.needs_critic:
-        roles["critic"] = (CriticWorker, (recipe, inputs["reward"].resolve() / "model" if recipe.has_reward_model else sft))
+        roles["critic"] = (CriticWorker, (recipe, inputs["reward"].resolve() / "model" if recipe.has_reward_model else sft, begin_alike))
     with open_graph(recipe, roles) as graph:
         loading = graph["reference"].start("load") | graph["reward"].start("load")
         for role in learners(graph):

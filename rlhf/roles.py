@@ -9,7 +9,7 @@ A scoring call takes the engines' rollouts and returns this rank's share: (sampl
 Who scores which sample is arithmetic, so the ranks need not talk about it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,12 @@ class Role(Worker):
 
     model: torch.nn.Module
 
-    def __init__(self, rank: int, world: int, threads: int, recipe: Recipe, model: Path) -> None:
+    def __init__(self, rank: int, world: int, threads: int, recipe: Recipe, model: Path, opening: int = 0) -> None:
+        """opening: with how many tokens all prompts begin (`data.examples.opening`); each micro-batch computes them once."""
         super().__init__(rank, world, threads)
         if recipe.deterministic:
             use_deterministic_kernels()
-        self.recipe, self.config, self.path = recipe, recipe.ppo, model
+        self.recipe, self.config, self.path, self.opening = recipe, recipe.ppo, model, opening
         self.device = hardware().device
 
     def compiles(self, model: torch.nn.Module) -> bool:
@@ -82,12 +83,12 @@ class Role(Worker):
         groups = self.together(rollout)
         packable = samples(rollout, groups=groups)
         per_sample = lengths(rollout)
-        mine = balance([len(s.tokens) for s in packable], self.world, self.config.micro_batch)[self.rank]
+        mine = self.shares(packable, self.config.micro_batch)
         index: list[int] = []
         values: list[Floats] = []
         with torch.no_grad():
             for some in mine:  # with none of its own, a rank computes the first group for the others' sake
-                found = numbers(Batch.of(pack([packable[i] for i in some or [0]]), self.device)).float().cpu().numpy()
+                found = numbers(self.batch([packable[i] for i in some or [0]])).float().cpu().numpy()
                 if not some:
                     continue
                 ids = [i for group in some for i in groups[group]]
@@ -95,6 +96,14 @@ class Role(Worker):
                 index += rollout.index[ids].tolist()
                 values.append(found)
         return np.array(index, np.int64), np.concatenate(values) if values else np.zeros(0, np.float32)
+
+    def shares(self, samples: Sequence[Sample], micro_batch: int) -> list[list[int]]:
+        """This rank's micro-batches of them."""
+        lengths = [len(sample.tokens) - self.opening for sample in samples]
+        return balance(lengths, self.world, micro_batch - self.opening)[self.rank]
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        return Batch.of(pack(samples, self.opening), self.device)
 
     def together(self, rollout: Rollout) -> list[list[int]]:
         """The answers to one prompt are computed as one, as far as a micro-batch holds them."""
@@ -179,10 +188,9 @@ class LearningRole(Role):
             order = sample_index(self.recipe.seed, step * settings.epochs + epoch, np.arange(n), n, "ppo")
             for start in range(0, n, size):
                 mine = [sample for i in order[start : start + size] for sample in units[i]]
-                shares = balance([len(sample.tokens) for sample in mine], self.world, settings.micro_batch)[self.rank]
-                chosen = [[mine[i] for i in share] or [uncounted(mine[0])] for share in shares]
+                chosen = [[mine[i] for i in share] or [uncounted(mine[0])] for share in self.shares(mine, settings.micro_batch)]
                 with explained(*told):
-                    history.append(self.learner.step([Batch.of(pack(some), self.device) for some in chosen], loss))
+                    history.append(self.learner.step([self.batch(some) for some in chosen], loss))
         first = {name: history[0][name] for name in ("ratio_error",) if name in history[0]}
         return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]} | first
 

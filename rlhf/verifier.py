@@ -13,7 +13,7 @@ import numpy as np
 
 from cluster.groups import Worker
 from data.errors import DataError
-from data.examples import Examples
+from data.examples import Examples, opening
 from data.tokenizers import load as load_tokenizer
 from rlhf import rewards
 from rlhf.experience import Floats, Rollout, Scores, merge, prompts, responses
@@ -28,7 +28,7 @@ def judge(recipe: Recipe, inputs: dict[str, Path]) -> Role:
     """The role `reward`. A user's file is read here, and travels with the arguments."""
     name = recipe.ppo.reward_function
     if name is None:
-        return RewardWorker, (recipe, inputs["reward"].resolve() / "model")
+        return RewardWorker, (recipe, inputs["reward"].resolve() / "model", opening(inputs["data"] / "prompts"))
     return Verifier, (name, rewards.source(name), inputs["data"].resolve(), recipe.cluster.deadline_s / 2)
 
 

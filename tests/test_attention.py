@@ -88,37 +88,43 @@ def test_segments() -> None:
 
 
 def test_a_segment_must_stand_behind_its_prefix() -> None:
-    with pytest.raises(ValueError, match="segment 2 continues segment 0"):
-        Segments.of([3, 1, 4], CPU, prefixes=[-1, -1, 0])
+    for prefixes, told in (([-1, -1, 0], "segment 2 continues segment 0"), ([-1, 0, 1, 0, 1], "segment 4 continues segment 1")):
+        with pytest.raises(ValueError, match=told):
+            Segments.of([3, 1, 4, 2, 2][: len(prefixes)], CPU, prefixes)
 
 
 groups = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4)  # [prompt, answer, answer, ...]
 
 
-def shared_and_separate(lengths: list[list[int]], seed: int) -> tuple[Batch, Batch]:
-    """Prompts with their answers as one sample each, and the same texts as rows of their own. Every token of an answer counts."""
+def shared_and_separate(lengths: list[list[int]], seed: int, opening: int = 0) -> tuple[Batch, Batch]:
+    """Prompts with their answers as one sample each, and the same texts as rows of their own. Every token of an answer counts. All
+    prompts begin with the same `opening` tokens."""
     rng, shared, separate = np.random.default_rng(seed), [], []
-    for prompt, *answers in lengths:
-        texts = [rng.integers(0, 64, n) for n in (prompt, *answers)]
+    same = rng.integers(0, 64, opening)
+    for own, *answers in lengths:
+        prompt = opening + own
+        texts = [np.concatenate([same, rng.integers(0, 64, own)]), *(rng.integers(0, 64, n) for n in answers)]
         weights = [np.zeros(prompt, np.float32), *(rng.random(n, np.float32) + 0.1 for n in answers)]
         shared.append(Sample(np.concatenate(texts), np.concatenate(weights), lengths=[prompt, *answers], prefix=True))
         separate += [
             Sample(np.concatenate([texts[0], text]), np.concatenate([weights[0], weight]))
             for text, weight in zip(texts[1:], weights[1:], strict=True)
         ]
-    return Batch.of(pack(shared), CPU), Batch.of(pack(separate or shared), CPU)
+    return Batch.of(pack(shared, opening), CPU), Batch.of(pack(separate or shared), CPU)
 
 
-@settings(max_examples=25, deadline=None)
-@given(groups, st.integers(0, 100))
-@example([[40, 8, 8], [4, 9, 9, 9]], 0)  # in pieces; in one call
-@example([[1, 1, 1, 1]], 0)
-def test_shared_prefixes_equal_separate_rows(lengths: list[list[int]], seed: int) -> None:
+@settings(max_examples=40, deadline=None)
+@given(groups, st.integers(0, 100), st.sampled_from([0, 0, 1, 7]))
+@example([[40, 8, 8], [4, 9, 9, 9]], 0, 0)  # in pieces; in one call
+@example([[40, 8, 8], [4, 9, 9, 9], [3, 5]], 0, 20)
+@example([[1, 1, 1, 1]], 0, 0)
+@example([[1, 1, 1, 1], [1, 1]], 0, 3)
+def test_shared_prefixes_equal_separate_rows(lengths: list[list[int]], seed: int, opening: int) -> None:
     """Log-probabilities of all answers and the gradients of all weights; a prompt without answers counts nothing.
 
     Gradients may differ by rounding: 1e-4 of their own length, or 2e-6 of the whole gradient's where they are near 0.
     """
-    shared, separate = shared_and_separate(lengths, seed)
+    shared, separate = shared_and_separate(lengths, seed, opening)
     gradients, values = [], []
     for batch in (shared, separate):
         model = LanguageModel(causal_lm())

@@ -68,6 +68,38 @@ def test_answers_continue_their_shared_prompt() -> None:
     assert batch.weights.tolist() == [0, 1, 1, 0, 1, 1, 1, 1, 1, 1]
 
 
+def begins_alike(**changed: object) -> Sample:
+    given = {"tokens": np.array([7, 8, 9, 20, 21]), "weights": np.array([0, 0, 0, 1, 1]), "lengths": [4, 1], "prefix": True}
+    return Sample(**(given | changed))
+
+
+def test_what_all_begin_with_stands_there_once() -> None:
+    alone = Sample(np.array([7, 8, 30, 31]), np.array([0, 0, 0, 1]), {"number": np.array([0, 1, 2, 3])})
+    shared = begins_alike(extras={"number": np.array([0, 1, 4, 5, 6])})
+    batch = pack([alone, shared], opening=2)
+    assert batch.tokens.tolist() == [7, 8, 30, 31, 9, 20, 21]
+    assert batch.lengths == [2, 2, 2, 1]
+    assert batch.prefixes == [-1, 0, 0, 2]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2, 3, 4]
+    assert batch.before.tolist() == [0, 0, 1, 2, 1, 4, 5]
+    assert batch.weights.tolist() == [0, 0, 0, 1, 0, 1, 1]
+    assert batch.extras["number"].tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"tokens": np.array([7, 6, 9, 20, 21])}, "its first 2 tokens count, or are not the first sample's"),
+        ({"weights": np.array([0, 1, 0, 1, 1])}, "its first 2 tokens count"),
+        ({"lengths": [2, 3]}, "do not continue an opening of 2"),
+        ({"prefix": False}, "do not continue an opening of 2"),
+    ],
+)
+def test_only_a_beginning_that_is_alike_is_shared(other: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        pack([begins_alike(), begins_alike(**other)], opening=2)
+
+
 @given(LENGTHS, st.integers(1, 5), st.integers(300, 2000))
 def test_balance_is_a_fair_partition(lengths: list[int], workers: int, budget: int) -> None:
     plan = balance(lengths, workers, budget)

@@ -1,6 +1,7 @@
 """P-tuning v2 against peft's own model on unpacked rows, what is saved, what a run refuses, and talking to it."""
 
 import json
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,10 +109,10 @@ def test_the_gpu_path_gathers_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", loop)
     torch.manual_seed(0)
-    lengths, prefixes = [4, 3, 5, 6, 1], [-1, 0, 0, -1, 3]
+    lengths = [4, 3, 5, 6, 1]
     q, k, v = torch.randn(1, 4, 19, 8), torch.randn(1, 2, 19, 8), torch.randn(1, 2, 19, 8)
     virtual = (torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8))
-    for given in ((), virtual):
+    for given, prefixes in product(((), virtual), ([-1, 0, 0, -1, 3], [-1, 0, 1, 1, 0])):
         on_cpu = Segments.of(lengths, CPU, prefixes, [given] if given else ())
         keys, key_ends = attention._gathered(prefixes, on_cpu.ends.tolist(), 3 if given else 0)
         on_gpu = Segments(tuple(lengths), tuple(prefixes), on_cpu.ends, (), keys, key_ends, on_cpu.virtual)
