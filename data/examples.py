@@ -112,8 +112,8 @@ def prepare_prompts(files: Sequence[File], tokenizer: Tokenizer, out_dir: Path, 
 
 
 def opening(folder: Path) -> int:
-    """With how many tokens all prompts of `folder` begin, those held out too: a system prompt, the wording of a question. Each goes on after
-    them. 0 where they are few."""
+    """With how many tokens all prompts of `folder` begin, those held out too: a system prompt, the wording of a question. Each of them
+    goes on after that. 0 where it is little."""
     columns = [Examples(folder, split).table["prompt"].combine_chunks() for split in SPLITS]
     flat = [(column.values.to_numpy(), column.offsets.to_numpy()[:-1]) for column in columns]
     first, begins = flat[0]

@@ -93,10 +93,7 @@ def _text(prefixes: Sequence[int], i: int) -> list[int]:
 
 def _gathered(prefixes: Sequence[int], ends: list[int], before: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Places of each segment's keys, int64 [K], and where they end, int32 [n + 1]; the row's keys stand behind `before` virtual ones."""
-    spans = [
-        [(0, before), *[(before + ends[p], before + ends[p + 1]) for p in _text(prefixes, i)]]
-        for i in range(len(prefixes))
-    ]
+    spans = [[(0, before), *[(before + ends[p], before + ends[p + 1]) for p in _text(prefixes, i)]] for i in range(len(prefixes))]
     keys = torch.cat([torch.arange(*span) for some in spans for span in some])
     key_ends = [0, *accumulate(sum(end - start for start, end in some) for some in spans)]
     return keys, torch.tensor(key_ends, dtype=torch.int32)

@@ -10,7 +10,7 @@ from test_data_tokenizers import TRAINED
 from data import catalog, reading
 from data.decontamination import index_of
 from data.errors import DataError
-from data.examples import Examples, prepare_chat, prepare_preferences, prepare_prompts, training_texts
+from data.examples import Examples, opening, prepare_chat, prepare_preferences, prepare_prompts, training_texts
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 OPTIONS: dict[str, Any] = {"max_tokens": 120, "validation_fraction": 0.2, "max_broken_fraction": 0.5}
@@ -83,6 +83,37 @@ def test_preferences_and_prompts(tmp_path: Path) -> None:
     assert "<|user|>Q7<|end|><|assistant|>" in texts(tmp_path / "prompts", "train", "prompt") + texts(
         tmp_path / "prompts", "validation", "prompt"
     )
+
+
+@pytest.mark.parametrize(
+    ("system", "questions", "told"),
+    [
+        ("Answer in one word, and in English.", [f"{i} of them?" for i in range(10, 90)], "<|user|>"),
+        (
+            "Answer in one word, and in English.",
+            ["", "And so", *(f"And so {i}?" for i in range(10, 90))],
+            "<|user|>",
+        ),  # the shortest goes on
+        ("Hm.", [f"{i} of them?" for i in range(10, 90)], None),  # too little
+    ],
+)
+def test_what_all_prompts_begin_with(tmp_path: Path, system: str, questions: list[str], told: str | None) -> None:
+    """Those held out as well, and none ends there."""
+    rows = [{"messages": [{"role": "system", "content": system}, *say(question)]} for question in questions]
+    prepare_prompts([jsonl(tmp_path / "prompts.jsonl", rows)], TRAINED, tmp_path / "out", **OPTIONS)
+    n = opening(tmp_path / "out")
+    prompts = [
+        examples[i]["prompt"].tolist()
+        for split in ("train", "validation")
+        for examples in [Examples(tmp_path / "out", split)]
+        for i in range(len(examples))
+    ]
+    if told is None:
+        assert n == 0
+    else:
+        assert TRAINED.decode(prompts[0][:n]).endswith(told)
+        assert {tuple(prompt[:n]) for prompt in prompts} == {tuple(prompts[0][:n])}
+        assert min(map(len, prompts)) > n
 
 
 def test_right_answers_stay_beside_their_prompts(tmp_path: Path) -> None:

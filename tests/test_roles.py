@@ -9,7 +9,7 @@ import torch
 from tiny import causal_lm
 
 from data import tokenizers
-from rlhf.experience import Rollout
+from rlhf.experience import Experience, Rollout, align
 from rlhf.models import save_model
 from rlhf.recipe import Recipe
 from rlhf.roles import PolicyWorker, ReferenceWorker
@@ -35,6 +35,35 @@ def rollout(lengths: list[int]) -> Rollout:
     tokens = rng.integers(1, 250, 3 * n + sum(lengths)).astype(np.int32)
     log_probs = np.zeros(sum(lengths), np.float32)
     return Rollout(np.arange(n), np.full(n, 3), np.array(lengths), tokens, np.ones(n, bool), log_probs, "v")
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_what_all_prompts_begin_with_changes_no_figure(model: Path, tmp_path: Path, each: int) -> None:
+    """Log-probabilities and the weights after a step, with one answer or two to a question; in one micro-batch and in several."""
+    rng, prompts, n = np.random.default_rng(0), [5, 5, 3, 3, 4, 4], 6
+    same = rng.integers(1, 250, 20)
+    own = [rng.integers(1, 250, prompt) for prompt in prompts]
+    own[1::2] = own[::2]  # two answers to each question
+    answers = [rng.integers(1, 250, size) for size in (4, 9, 1, 2, 7, 3)]
+    asked = [np.concatenate([same, question]) for question in own]
+    texts = np.concatenate([part for both in zip(asked, answers, strict=True) for part in both])
+    lengths = np.array([len(answer) for answer in answers])
+    total = int(lengths.sum())
+    floats = rng.normal(size=(3, total)).astype(np.float32)
+    written = Rollout(np.arange(n), np.array(prompts) + 20, lengths, texts.astype(np.int32), np.ones(n, bool), floats[0], "v")
+    found = []
+    for opening, micro_batch in ((0, 4096), (20, 4096), (20, 52)):
+        config = recipe(samples_per_prompt=each, micro_batch=micro_batch, epochs=1, compile=False, global_batch=n, learning_rate=1e-3)
+        policy = PolicyWorker(0, 1, 1, config, model, opening)
+        policy.load(1, tmp_path)
+        index, values = policy.log_probs(written)
+        before = align([(index, values)], lengths)
+        ones = np.ones(total, np.float32)
+        policy.update(Experience(written, before, before, floats[1], ones / total, ones, 0.0), 0)
+        found.append([torch.from_numpy(before), *(p.detach() for p in policy.learner.model.parameters())])
+    for ours in found[1:]:
+        for one, other in zip(found[0], ours, strict=True):
+            torch.testing.assert_close(one, other, atol=3e-5, rtol=1e-5)
 
 
 @NEEDS_COMPILER
