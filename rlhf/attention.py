@@ -36,11 +36,13 @@ backward on one core: prompt 150 + 2 x 60 tokens, 2.0 times: 36 ms against 57 in
 
 @dataclass(frozen=True)
 class Piece:
-    """One attention call: the next `size` tokens of the row; they see all virtual keys, those of the pieces `above`, and each other."""
+    """One attention call: the next `count` times `size` tokens of the row. Each run of `size` sees all virtual keys, those of the pieces
+    `above`, and itself. 8 answers of 64 tokens to a prompt of 128 as one call instead of 8: see docs/LOG.md."""
 
     size: int
     above: tuple[int, ...] = ()
     mask: torch.Tensor | None = None  # float32 [queries, keys], 0 or -inf; None: causal
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def _causal(queries: int, keys: int) -> torch.Tensor:
 
 def _pieces(lengths: Sequence[int], prefixes: Sequence[int], ends: list[int], before: int) -> list[Piece]:
     pieces: list[Piece] = []
+    continued: set[int] = set()  # pieces that hold a segment which others continue
     answers: list[list[int]] = [[] for _ in lengths]
     for i, p in enumerate(prefixes):
         if p >= 0:
@@ -114,9 +117,12 @@ def _pieces(lengths: Sequence[int], prefixes: Sequence[int], ends: list[int], be
     def lay(i: int, above: tuple[int, ...], seen: int) -> int:
         """Segment i and all that continues it, behind `seen` keys of the pieces `above`; returns which segment comes next."""
         own, begins, last = lengths[i], before + seen, i + 1 + len(answers[i])
-        alone = _causal(own, begins + own) if begins else None
         if not answers[i]:
-            pieces.append(Piece(own, above, alone))
+            like = pieces[-1] if pieces and len(pieces) - 1 not in continued else None
+            if like is not None and (like.size, like.above) == (own, above):
+                pieces[-1] = replace(like, count=like.count + 1)
+            else:
+                pieces.append(Piece(own, above, _causal(own, begins + own) if begins else None))
             return i + 1
         if answers[i] == list(range(i + 1, last)) and not any(answers[a] for a in answers[i]):
             start, size = ends[i], ends[last] - ends[i]
@@ -125,10 +131,12 @@ def _pieces(lengths: Sequence[int], prefixes: Sequence[int], ends: list[int], be
                 mask = _causal(size, begins + size)
                 for a in answers[i]:
                     mask[ends[a] - start : ends[a + 1] - start, begins + own : begins + ends[a] - start] = -torch.inf  # the answers before
+                continued.add(len(pieces))
                 pieces.append(Piece(size, above, mask))
                 return last
-        after, above = i + 1, (*above, len(pieces))
-        pieces.append(Piece(own, above[:-1], alone))
+        continued.add(len(pieces))
+        pieces.append(Piece(own, above, _causal(own, begins + own) if begins else None))
+        after, above = i + 1, (*above, len(pieces) - 1)
         for a in answers[i]:
             if a != after:
                 break  # told below: whoever continues the same segment has to come next
@@ -161,8 +169,8 @@ def packed_attention(
 
     Raises RecipeError for what a model may ask of attention and this does not do: it would be wrong without a sign.
 
-    GPU: one varlen kernel. CPU: one SDPA call when all segments are equally long (pretraining windows), else one per
-    piece: 464 ms against 611 ms for one causal call over all 1024 tokens and 1123 ms with a mask (128-token segments).
+    GPU: one varlen kernel. CPU: an SDPA call per piece, which is all there is of pretraining's windows: 464 ms against 611 ms for one
+    causal call over all 1024 tokens and 1123 ms with a mask (128-token segments).
     """
     if softcap is not None or s_aux is not None or (sliding_window is not None and segments.most_keys > sliding_window):
         raise RecipeError(
@@ -174,30 +182,30 @@ def packed_attention(
         virtual = tuple(x.to(key.dtype) for x in segments.virtual[module.layer_idx])  # type: ignore[index]
     if query.device.type == "cuda":
         return _varlen(query, key, value, segments, virtual, scaling), None
-    grouped = query.shape[1] != key.shape[1]
-    lengths = segments.lengths
-    if len(set(lengths)) == 1 and max(segments.prefixes) < 0:
-        n, length = len(lengths), lengths[0]
-        # Squeezed, not indexed: see below.
-        q, k, v = (x.squeeze(0).unflatten(1, (n, length)).transpose(0, 1) for x in (query, key, value))  # [n, H, length, d]
-        if virtual:
-            k, v = (torch.cat([x.expand(n, -1, -1, -1), own], dim=2) for x, own in zip(virtual, (k, v), strict=True))
-        mask = None if segments.pieces[0].mask is None else segments.pieces[0].mask.to(q.dtype)  # all segments' is the same
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
-        return out.transpose(1, 2).reshape(1, n * length, query.shape[1], query.shape[3]), None
-
+    grouped, pieces = query.shape[1] != key.shape[1], segments.pieces
     # Split, not sliced: the backward pass of a slice fills a row of zeros, and adds it (16 % of a GRPO update of 72 segments).
-    queries, keys, values = (of.split([piece.size for piece in segments.pieces], dim=2) for of in (query, key, value))
+    sizes = [piece.count * piece.size for piece in pieces]
+    queries, keys, values = (of.split(sizes, dim=2) if len(sizes) > 1 else [of] for of in (query, key, value))
 
     def attend(at: int, piece: Piece) -> torch.Tensor:
-        k, v = (
-            torch.cat([*first, *(of[i] for i in piece.above), of[at]], dim=2) if first or piece.above else of[at]
-            for first, of in ((virtual[:1], keys), (virtual[1:], values))
-        )
-        mask = None if piece.mask is None else piece.mask.to(query.dtype)
-        return F.scaled_dot_product_attention(queries[at], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+        n = piece.count
 
-    return torch.cat([attend(at, piece) for at, piece in enumerate(segments.pieces)], dim=2).transpose(1, 2), None
+        def runs(of: torch.Tensor) -> torch.Tensor:
+            """[1, H, n * size, d] -> [n, H, size, d]. Squeezed, not indexed, for the same reason."""
+            return of if n == 1 else of.squeeze(0).unflatten(1, (n, piece.size)).transpose(0, 1)
+
+        def seen(first: tuple[torch.Tensor, ...], of: Sequence[torch.Tensor]) -> torch.Tensor:
+            before = [*first, *(of[i] for i in piece.above)]
+            return torch.cat([*(x.expand(n, -1, -1, -1) for x in before), runs(of[at])], dim=2) if before else runs(of[at])
+
+        k, v = seen(virtual[:1], keys), seen(virtual[1:], values)
+        mask = None if piece.mask is None else piece.mask.to(query.dtype)
+        q = runs(queries[at])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2).reshape(1, n * piece.size, *out.shape[1::2])  # [1, n * size, H, d]
+
+    found = [attend(at, piece) for at, piece in enumerate(pieces)]
+    return torch.cat(found, dim=1) if len(found) > 1 else found[0], None
 
 
 def _varlen(
