@@ -53,7 +53,8 @@ def test_what_all_prompts_begin_with_changes_no_figure(model: Path, tmp_path: Pa
     written = Rollout(np.arange(n), np.array(prompts) + 20, lengths, texts.astype(np.int32), np.ones(n, bool), floats[0], "v")
     found = []
     for opening, micro_batch in ((0, 4096), (20, 4096), (20, 52)):
-        config = recipe(samples_per_prompt=each, micro_batch=micro_batch, epochs=1, compile=False, global_batch=n, learning_rate=1e-3)
+        few = {"max_prompt_tokens": 30, "max_response_tokens": 10, "micro_batch": micro_batch, "samples_per_prompt": each}
+        config = recipe(**few, rollout_batch=n // each, global_batch=n, epochs=1, compile=False, learning_rate=1e-3)
         policy = PolicyWorker(0, 1, 1, config, model, opening)
         policy.load(1, tmp_path)
         index, values = policy.log_probs(written)
