@@ -78,6 +78,7 @@ def pack(samples: Sequence[Sample], opening: int = 0) -> PackedBatch:
         samples = _behind_opening(samples, opening)
     lengths: list[int] = []
     prefixes: list[int] = []
+    begins: list[int] = []  # at which position of its text each segment begins
     for number, sample in enumerate(samples):
         size = len(sample.tokens)
         segments = [size] if sample.lengths is None else sample.lengths
@@ -90,6 +91,8 @@ def pack(samples: Sequence[Sample], opening: int = 0) -> PackedBatch:
                 raise ValueError(f"sample {number}: extra {name!r} has {len(values)} values for {size} tokens")
         prefixes += [0 if opening and number else -1] + [len(lengths) if sample.prefix else -1] * (len(segments) - 1)
         lengths.extend(segments)
+        for parent in prefixes[len(begins) :]:
+            begins.append(0 if parent < 0 else begins[parent] + lengths[parent])
 
     sizes, continued = np.asarray(lengths, dtype=np.int64), np.asarray(prefixes)
     ends = np.cumsum(sizes)
@@ -98,10 +101,7 @@ def pack(samples: Sequence[Sample], opening: int = 0) -> PackedBatch:
     weights = np.concatenate([np.asarray(s.weights, dtype=np.float32) for s in samples])
     weights[starts[first]] = 0.0
     places = np.arange(len(tokens), dtype=np.int64)
-    begins = np.where(first, 0, sizes[continued])  # at which position each segment begins: those before it in its text
-    if opening:
-        begins += np.where(continued > 0, opening, 0)
-    positions = places - np.repeat(starts - begins, sizes)
+    positions = places - np.repeat(starts - np.asarray(begins), sizes)
     before = places - 1
     before[starts] = np.where(first, starts, ends[continued] - 1)
     extras = {name: np.concatenate([np.atleast_1d(s.extras[name]) for s in samples]) for name in names}

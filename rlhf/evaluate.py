@@ -63,7 +63,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         "rollout": engines(recipe, models["sft"], tokenizer),
         "reference": (JudgedModel, (recipe, models["sft"], begin_alike)),
         "policy": (JudgedModel, (recipe, models["aligned"], begin_alike)),
-        "reward": judge(recipe, inputs),
+        "reward": judge(recipe, inputs, begin_alike),
     }
     with open_graph(recipe, roles) as graph:
         loading = {name: ref for role in ("reference", "policy", "reward") for name, ref in graph[role].start("load").items()}

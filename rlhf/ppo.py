@@ -95,7 +95,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
         "rollout": engines(recipe, sft, tokenizer, config.adapter),
         "policy": (PolicyWorker, (recipe, sft, begin_alike)),
         "reference": (ReferenceWorker, (recipe, sft, begin_alike)),
-        "reward": judge(recipe, inputs),
+        "reward": judge(recipe, inputs, begin_alike),
     }
     if config.needs_critic:
         roles["critic"] = (CriticWorker, (recipe, inputs["reward"].resolve() / "model" if recipe.has_reward_model else sft, begin_alike))

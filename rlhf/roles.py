@@ -83,7 +83,7 @@ class Role(Worker):
         groups = self.together(rollout)
         packable = samples(rollout, groups=groups)
         per_sample = lengths(rollout)
-        mine = self.shares(packable, self.config.micro_batch)
+        mine = self.micro_batches(packable, self.config.micro_batch)
         index: list[int] = []
         values: list[Floats] = []
         with torch.no_grad():
@@ -97,7 +97,7 @@ class Role(Worker):
                 values.append(found)
         return np.array(index, np.int64), np.concatenate(values) if values else np.zeros(0, np.float32)
 
-    def shares(self, samples: Sequence[Sample], micro_batch: int) -> list[list[int]]:
+    def micro_batches(self, samples: Sequence[Sample], micro_batch: int) -> list[list[int]]:
         """This rank's micro-batches of them."""
         lengths = [len(sample.tokens) - self.opening for sample in samples]
         return balance(lengths, self.world, micro_batch - self.opening)[self.rank]
@@ -188,7 +188,7 @@ class LearningRole(Role):
             order = sample_index(self.recipe.seed, step * settings.epochs + epoch, np.arange(n), n, "ppo")
             for start in range(0, n, size):
                 mine = [sample for i in order[start : start + size] for sample in units[i]]
-                chosen = [[mine[i] for i in share] or [uncounted(mine[0])] for share in self.shares(mine, settings.micro_batch)]
+                chosen = [[mine[i] for i in share] or [uncounted(mine[0])] for share in self.micro_batches(mine, settings.micro_batch)]
                 with explained(*told):
                     history.append(self.learner.step([self.batch(some) for some in chosen], loss))
         first = {name: history[0][name] for name in ("ratio_error",) if name in history[0]}

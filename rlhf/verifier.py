@@ -1,6 +1,6 @@
 """Who judges the answers: a reward model, or a reward function of the recipe in its place.
 
-    roles["reward"] = judge(recipe, inputs)          # (worker, its arguments), with the same `load` and `scores`
+    roles["reward"] = judge(recipe, inputs, opening)          # (worker, its arguments), with the same `load` and `scores`
     success(rewards)                                 # the share of answers that are right
 
 A reward function reads texts, so its workers decode what the engines wrote, and look up the answer that the data gives for a prompt.
@@ -13,7 +13,7 @@ import numpy as np
 
 from cluster.groups import Worker
 from data.errors import DataError
-from data.examples import Examples, opening
+from data.examples import Examples
 from data.tokenizers import load as load_tokenizer
 from rlhf import rewards
 from rlhf.experience import Floats, Rollout, Scores, merge, prompts, responses
@@ -24,11 +24,11 @@ from rlhf.roles import RewardWorker
 SPLITS = ("train", "validation")
 
 
-def judge(recipe: Recipe, inputs: dict[str, Path]) -> Role:
-    """The role `reward`. A user's file is read here, and travels with the arguments."""
+def judge(recipe: Recipe, inputs: dict[str, Path], opening: int) -> Role:
+    """The role `reward`. A user's file is read here, and travels with the arguments; `opening`: as for every other role."""
     name = recipe.ppo.reward_function
     if name is None:
-        return RewardWorker, (recipe, inputs["reward"].resolve() / "model", opening(inputs["data"] / "prompts"))
+        return RewardWorker, (recipe, inputs["reward"].resolve() / "model", opening)
     return Verifier, (name, rewards.source(name), inputs["data"].resolve(), recipe.cluster.deadline_s / 2)
 
 
