@@ -53,7 +53,7 @@ class SleepingEngine(Worker):
                 yield merge([self.rollout(one) for one in ready])
                 yield Piece(sum(len(one.seeds) for one in ready), size, sum(one.outstanding(sampling) for one in ready))
                 ready = []
-            while not last and not (self.inbox.empty() and open_ends):
+            while not last and not (self.inbox.empty() and (open_ends or asked)):
                 more, last = self.inbox.get()
                 asked = [*asked, *more]
 
