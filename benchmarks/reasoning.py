@@ -39,7 +39,7 @@ TASKS = {
     "chain_sum": Task(
         "chain_sum?min_terms=3&max_terms=3&max_digits=1",
         (
-            *("sft.optimizer=muon", "sft.learning_rate=2e-3", "sft.epochs=2.7", "sft.max_tokens=96"),
+            *("sft.optimizer=muon", "sft.learning_rate=2e-3", "sft.epochs=5", "sft.max_tokens=96"),
             *("ppo.max_prompt_tokens=80", "ppo.steps=300"),
         ),
     ),

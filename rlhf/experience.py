@@ -47,7 +47,7 @@ class Experience:
 
     rollout: Rollout
     log_probs: Floats
-    ref_log_probs: Floats
+    ref_log_probs: Floats | None  # of a reference
     advantages: Floats
     weights: Floats  # how much a token is counted; 0: not at all
     shares: Floats  # by how much its loss is multiplied
@@ -153,19 +153,19 @@ def estimate(
 ) -> tuple[Experience, dict[str, float]]:
     """Advantages and whatever else the update needs from what the roles found, and the figures of the rollout.
 
-    found: `log_probs` (with `one_pass` nobody has computed them yet: the engine's stand in), `ref_log_probs` and, with a critic, `values`
-    per response token; `rewards` per sample, of several heads all of each sample's in turn; with remax `baselines`, the reward model's
-    scores of the answers in `greedy`, one per prompt.
+    found: `log_probs` (with `one_pass` nobody has computed them yet: the engine's stand in), with a reference `ref_log_probs` and with a
+    critic `values` per response token; `rewards` per sample, of several heads all of each sample's in turn; with remax `baselines`, the
+    reward model's scores of the answers in `greedy`, one per prompt.
     """
     lengths, size = rollout.response_lengths, config.samples_per_prompt
-    log_probs, reference, values = found.get("log_probs", rollout.log_probs), found["ref_log_probs"], found.get("values")
+    log_probs, reference, values = found.get("log_probs", rollout.log_probs), found.get("ref_log_probs"), found.get("values")
     of_heads = found["rewards"].reshape(len(lengths), -1)
     scores = of_heads.mean(1)
     facts = {"reward": float(scores.mean()), "reward_sd": float(scores.std())}
     seen = running.seen(facts["reward"], facts["reward_sd"])
     worth = worths(rollout, found["rewards"], config, seen)
     usual = None if greedy is None else worths(greedy, found["baselines"], config, seen)
-    apart = log_probs - reference
+    apart = np.zeros_like(log_probs) if reference is None else log_probs - reference
     in_rewards, in_loss = (running.kl_coef if config.kl_in == place else 0.0 for place in ("reward", "loss"))
     penalties = np.float32(-in_rewards) * kl(torch.from_numpy(apart), config.kl_estimator).numpy()
     advantages, returns = _advantages(worth, penalties, lengths, values, usual, config)
@@ -183,8 +183,9 @@ def estimate(
         advantages = advantages * ratios  # every policy loss is proportional to the advantage
         facts["importance"] = float(ratios.mean())
 
+    if reference is not None:
+        facts["kl"] = float(apart.sum() / len(scores))  # nats per response, k1
     facts |= {
-        "kl": float(apart.sum() / len(scores)),  # nats per response, k1
         "kl_coef": running.kl_coef,
         "response_tokens": float(lengths.mean()),
         "unfinished": float(1 - rollout.finished.mean()),

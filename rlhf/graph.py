@@ -30,9 +30,10 @@ ROLES = ("policy", "reference", "reward", "critic", "rollout")
 
 
 def demands(recipe: Recipe, roles: tuple[str, ...] | None = None) -> dict[str, Demand]:
-    """What each role asks of the cluster, from `ppo.groups`. Default: all that PPO opens, the critic only if the recipe has one."""
+    """What each role asks of the cluster, from `ppo.groups`. Default: all that PPO opens, critic and reference only if it needs them."""
     if roles is None:
-        roles = tuple(role for role in ROLES if role != "critic" or recipe.ppo.needs_critic)
+        spared = {"critic": not recipe.ppo.needs_critic, "reference": not recipe.ppo.needs_reference}
+        roles = tuple(role for role in ROLES if not spared.get(role))
     return {role: getattr(recipe.ppo.groups, role).demand for role in roles}
 
 

@@ -94,16 +94,17 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
     roles: dict[str, Role] = {
         "rollout": engines(recipe, sft, tokenizer, config.adapter),
         "policy": (PolicyWorker, (recipe, sft, begin_alike)),
-        "reference": (ReferenceWorker, (recipe, sft, begin_alike)),
         "reward": judge(recipe, inputs, begin_alike),
     }
+    if config.needs_reference:
+        roles["reference"] = (ReferenceWorker, (recipe, sft, begin_alike))
     if config.needs_critic:
         roles["critic"] = (CriticWorker, (recipe, inputs["reward"].resolve() / "model" if recipe.has_reward_model else sft, begin_alike))
     with open_graph(recipe, roles) as graph:
-        loading = graph["reference"].start("load") | graph["reward"].start("load")
-        for role in learners(graph):
-            loading |= graph[role].start("load", updates, folder / role)
-        wait(loading | graph["rollout"].start("ready"), seconds, "load the models")
+        loading = graph["rollout"].start("ready")
+        for role in (role for role in roles if role != "rollout"):
+            loading |= graph[role].start("load", *((updates, folder / role) if role in learners(graph) else ()))
+        wait(loading, seconds, "load the models")
 
         start = max(set.intersection(*(checkpoints.steps(folder / role) for role in learners(graph))), default=0)
         if start:
@@ -119,7 +120,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             began = time.time()
             metrics = ppo_step(graph, recipe, batch, step, running)
             metrics |= who_waited(graph, recipe, out, began, step + 1) | who_holds(graph, recipe)
-            running = after(running, metrics["kl"], metrics["reward"], metrics["reward_sd"], config)
+            running = after(running, metrics.get("kl"), metrics["reward"], metrics["reward_sd"], config)
             done = step + 1
             if config.validate_every and (done % config.validate_every == 0 or done == config.steps):
                 metrics["held_out_reward"] = held_out_reward(graph, recipe, unseen)
@@ -127,7 +128,8 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             equal = equal + 1 if metrics["reward_sd"] == 0 else 0
             if warning := monotony(equal, metrics["reward"]):
                 monitor.say(f"step {done}: {warning}")
-            monitor.progress(done, config.steps, f"reward {metrics['reward']:.3f}  kl {metrics['kl']:.2f}")
+            apart = f"  kl {metrics['kl']:.2f}" if "kl" in metrics else ""
+            monitor.progress(done, config.steps, f"reward {metrics['reward']:.3f}{apart}")
             if done % config.checkpoint_every == 0 or done == config.steps:
                 wait(start_learners(graph, "save", done), seconds, "save")
         wait(graph["policy"].start("export", out.resolve() / "model", data.resolve() / "tokenizer"), seconds, "export")
@@ -169,9 +171,11 @@ def who_holds(graph: Graph, recipe: Recipe) -> dict[str, float]:
 
 def scorers(graph: Graph, config: Ppo) -> dict[str, Scorer]:
     """Who says what of every answer, at once with the others and while further answers are being written."""
-    methods = {"log_probs": ("policy", "log_probs"), "ref_log_probs": ("reference", "log_probs"), "rewards": ("reward", "scores")}
+    methods = {"log_probs": ("policy", "log_probs"), "rewards": ("reward", "scores")}
     if config.one_pass:
         del methods["log_probs"]
+    if "reference" in graph:
+        methods["ref_log_probs"] = ("reference", "log_probs")
     if "critic" in graph:
         methods["values"] = ("critic", "values")
     return {name: scorer(graph[role], method, config) for name, (role, method) in methods.items()}
@@ -228,5 +232,4 @@ def totals(out: Path) -> dict[str, float]:
         "log_prob_gap_max": max(gaps),
         "reward_first": rows[0]["ppo/reward"],
         "reward_last": float(np.mean(column("ppo/reward", last))),
-        "kl_last": float(np.mean(column("ppo/kl", last))),
-    }
+    } | ({"kl_last": float(np.mean(column("ppo/kl", last)))} if "ppo/kl" in rows[-1] else {})

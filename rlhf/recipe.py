@@ -101,6 +101,11 @@ class Training(Optimizer):
         source="arXiv:2209.05433",
     )
     validate_every: int = key(50, "Steps between two validations.", unit="steps", ge=1)
+    stop_at_val_loss: float | None = key(
+        None,
+        "Held-out loss at which the stage ends early, as soon as a validation finds it; the schedule stays that of all its steps.",
+        unit="as the curve val_loss",
+    )
     checkpoint_every: int = key(50, "Steps between two checkpoints.", unit="steps", ge=1)
 
 

@@ -64,7 +64,7 @@ class Engines(Group):
 
 class Groups(Section):
     policy: Group = key(Group(), "The model that learns.")
-    reference: Group = key(Group(), "The frozen model that KL is measured against.")
+    reference: Group = key(Group(), "The frozen model that KL is measured against, where `ppo.kl_coef` gives it a weight.")
     reward: Group = key(Group(), "The reward model.")
     critic: Group = key(Group(), "The value model, with `ppo.advantage: gae`.")
     rollout: Engines = key(Engines(), "vLLM engines that write the responses.")
@@ -130,7 +130,8 @@ class Ppo(Optimizer):
     )
     kl_coef: float = key(
         0.05,
-        "Weight of the distance between policy and reference, log pi - log pi_ref per token; `kl_in` says where it counts.",
+        "Weight of the distance between policy and reference, log pi - log pi_ref per token; `kl_in` says where it counts. "
+        "0: no reference is opened, and only `evaluate` measures the distance.",
         unit="reward per nat",
         ge=0,
         source="arXiv:1909.08593, arXiv:2203.02155",
@@ -298,6 +299,11 @@ class Ppo(Optimizer):
         return self.advantage == "gae"
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether anything depends on the reference; `evaluate` measures the distance from it in any case."""
+        return self.kl_coef > 0
+
+    @property
     def clip_ranges(self) -> tuple[float, float]:
         """Downwards and upwards."""
         low, high = self.clip_range_low, self.clip_range_high
@@ -323,7 +329,7 @@ def idle(values: dict[str, Any]) -> dict[tuple[str, ...], str]:
     if advantage not in ("gae", "reinforce++"):
         found["gamma",] = f"ppo.advantage = {advantage} does not discount"
     if not ppo["kl_coef"]:
-        found |= dict.fromkeys([("kl_target",), ("kl_in",), ("kl_estimator",)], "ppo.kl_coef = 0 measures the KL, and does no more")
+        found |= dict.fromkeys([("kl_target",), ("kl_in",), ("kl_estimator",)], "ppo.kl_coef = 0 opens no reference")
     if not ppo["whiten_advantages"]:
         found["unbiased_whitening",] = "ppo.whiten_advantages is off"
     if not ppo["overlong_buffer"]:

@@ -235,7 +235,7 @@ class PolicyWorker(WeightSender, LearningRole):
     ) -> tuple[Experience, dict[str, float]]:
         """From the roles' shares to what the update needs, and the step's figures. Called on rank 0 alone.
 
-        parts: `log_probs`, `ref_log_probs`, `rewards`, and perhaps `values` or `baselines`, one share per rank of the role;
+        parts: `log_probs`, `rewards`, and perhaps `ref_log_probs`, `values` or `baselines`, one share per rank of the role;
         `baselines` are of the rollouts in `greedy`.
         """
         rollout, compared = merge(ray.get(rollouts)), merge(ray.get(greedy)) if greedy else None
@@ -250,7 +250,9 @@ class PolicyWorker(WeightSender, LearningRole):
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         """With `one_pass` also `log_prob_gap`: how far this rank's log-probabilities, before the step, are from the engine's."""
-        extras = {name: getattr(experience, name) for name in ("log_probs", "ref_log_probs", "advantages", "shares")}
+        extras = {name: getattr(experience, name) for name in ("log_probs", "advantages", "shares")}
+        if experience.ref_log_probs is not None:
+            extras["ref_log_probs"] = experience.ref_log_probs
         gaps = [0.0]
         loss = partial(policy_objective, config=self.config, kl_coef=experience.kl_coef, gaps=gaps)
         prompts = self.prompts(experience.rollout, extras, experience.weights)

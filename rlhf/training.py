@@ -148,8 +148,12 @@ def worker(config: dict[str, Any], report: Report) -> None:
     if start:
         learner.load(folder, start)
     health, clock = Health(), Clock(learner.model, world)
-    validated = {}
+    done, validated = start, {}
+    if settings.stop_at_val_loss is not None and start and start % settings.validate_every == 0:
+        validated = task.figures(validate(learner, task, batches, budget))  # it may have been killed where it was to stop
     for step in range(start, task.steps):
+        if good_enough(settings, validated):
+            break
         clock.start()
         if task.order is not None:
             ids = task.order.ids(step)
@@ -179,23 +183,33 @@ def worker(config: dict[str, Any], report: Report) -> None:
                 with (out / "warnings.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": done, **vars(warning), "documents": sources(task.train, ids)}) + "\n")
         text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s"
+        validated = {}
         if done % settings.validate_every == 0 or done == task.steps:
             validated = task.figures(validate(learner, task, batches, budget))
             metrics |= validated
         if curves is not None:
             curves.log(done, metrics)
         report({"step": done, "steps": task.steps, "text": text})
-        if done % settings.checkpoint_every == 0 or done == task.steps:
+        if done % settings.checkpoint_every == 0 or done == task.steps or good_enough(settings, validated):
             learner.save(folder, done)
     # A stage that was killed between its last checkpoint and its end comes here with nothing left to train.
     validated = validated or task.figures(validate(learner, task, batches, budget))
+    if settings.stop_at_val_loss is not None and not good_enough(settings, validated):
+        target = f"stop_at_val_loss = {settings.stop_at_val_loss:g}"
+        report({"warning": f"ends with a held-out loss of {validated['val_loss']:.4g}: {target} was not reached in {done} steps"})
     state = full_weights(learner.model)
     if curves is not None:
         curves.close()
         task.save(learner.model.inner, state, load_tokenizer(inputs["data"] / "tokenizer"), out / "model")
     dist.barrier()
     parameters = sum(p.numel() for p in learner.model.parameters())
-    report({"results": {**validated, "steps": task.steps, "parameters": parameters, **clock.summary()}})
+    report({"results": {**validated, "steps": done, "parameters": parameters, **clock.summary()}})
+
+
+def good_enough(settings: Training, validated: dict[str, float]) -> bool:
+    """Whether the validation that was just made, if any, is what the stage was to reach."""
+    target = settings.stop_at_val_loss
+    return target is not None and bool(validated) and validated["val_loss"] <= target
 
 
 def sources(units: Units, ids: Sequence[int]) -> list[str]:

@@ -135,3 +135,4 @@ def test_answers_become_what_a_function_of_the_users_asks_for(ray_session, made,
     rows = train(recipe, {stage: made[stage] for stage in ("data", "sft")}, tmp_path / "out")
     assert rows[0]["ppo/reward"] < 0.3
     assert rows[-1]["ppo/reward"] > 0.5
+    assert not any("reference" in name or name == "ppo/kl" for name in rows[0]), "a KL without weight needs no reference"

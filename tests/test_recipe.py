@@ -276,7 +276,7 @@ GRPO = ("ppo.advantage=grpo", "ppo.samples_per_prompt=4")
         ((*GRPO, "ppo.value_clip_range=0.2"), "ppo.value_clip_range", "ppo.advantage = grpo has no critic"),
         ((*GRPO, "ppo.lam=1"), "ppo.lam", "ppo.advantage = grpo has no critic"),
         (("ppo.advantage=remax", "ppo.gamma=0.9"), "ppo.gamma", "ppo.advantage = remax does not discount"),
-        (("ppo.kl_coef=0", "ppo.kl_estimator=k3"), "ppo.kl_estimator", "ppo.kl_coef = 0 measures the KL, and does no more"),
+        (("ppo.kl_coef=0", "ppo.kl_estimator=k3"), "ppo.kl_estimator", "ppo.kl_coef = 0 opens no reference"),
         (("ppo.policy_loss=sapo", "ppo.clip_range=0.1"), "ppo.clip_range", "ppo.policy_loss = sapo clips nothing"),
         (("ppo.dual_clip_bound=2",), "ppo.dual_clip_bound", "ppo.policy_loss = clip does not read it"),
         (("ppo.sapo_temperatures=[1, 2]",), "ppo.sapo_temperatures", "ppo.policy_loss = clip does not read it"),

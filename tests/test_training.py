@@ -216,6 +216,31 @@ def test_a_stage_cut_off_after_any_step_ends_with_the_same_bytes(
     assert (cut / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
 
 
+def test_a_stage_ends_where_its_held_out_loss_is_low_enough(parents: dict[str, Path], tmp_path: Path) -> None:
+    settings = {"epochs": 1, "global_batch": 3, "checkpoint_every": 100, "validate_every": 2, "learning_rate": 1e-3, "max_tokens": 64}
+
+    def run(out: Path, **keys: Any) -> tuple[list[dict[str, float]], list[str]]:
+        said: list[str] = []
+        config = {"stage": "sft", "task": sft.task, "recipe": RECIPE | {"sft": settings | keys}, "inputs": parents, "out": str(out)}
+        out.mkdir(exist_ok=True)
+        worker(config, lambda values: said.extend([values["warning"]] if "warning" in values else []))
+        rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        return [{name: row[name] for name in ("step", "sft/loss", "sft/val_loss") if name in row} for row in rows], said
+
+    whole, _ = run(tmp_path / "whole")
+    target = whole[3]["sft/val_loss"]
+    assert target < whole[1]["sft/val_loss"]
+    cut, _ = run(tmp_path / "cut", stop_at_val_loss=target)
+    assert cut == whole[:4]
+    weights = tmp_path / "cut" / "model" / "model.safetensors"
+    kept = weights.read_bytes()
+    shutil.rmtree(weights.parent)  # killed before its end, it has nothing left to train
+    assert run(tmp_path / "cut", stop_at_val_loss=target) == (cut, [])
+    assert weights.read_bytes() == kept
+    _, said = run(tmp_path / "never", stop_at_val_loss=0.01)
+    assert "stop_at_val_loss = 0.01 was not reached" in said[-1]
+
+
 def test_only_long_stages_are_compiled() -> None:
     model = causal_lm()
     worth = WORTH_COMPILING["cpu"] / (6 * sum(p.numel() for p in model.parameters()))
