@@ -27,6 +27,7 @@ Role = tuple[type[Worker], tuple[Any, ...]]  # the class of a role's workers and
 Graph = dict[str, Group]
 Prompts = list[list[int]]
 ROLES = ("policy", "reference", "reward", "critic", "rollout")
+EVALUATED = ("policy", "reference", "reward", "rollout")  # evaluation opens these, whatever PPO opens
 
 
 def demands(recipe: Recipe, roles: tuple[str, ...] | None = None) -> dict[str, Demand]:

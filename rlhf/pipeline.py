@@ -118,14 +118,18 @@ def _check_room(recipe: Recipe, stages: tuple[str, ...]) -> None:
     Raises ClusterError with a table, or naming a node without free ports.
     """
     from cluster import placement, ports
-    from rlhf.graph import demands
+    from rlhf.graph import EVALUATED, demands
     from rlhf.training import layout
     from rlhf.weight_sender import BROADCASTS, transport
 
     if {"pretrain", "sft", "reward", "preference"} & set(stages):
         placement.check({"training": layout(recipe).demand})
-    if {"ppo", "distill", "evaluate"} & set(stages):
-        groups = demands(recipe, ("policy", "rollout") if recipe.align == "distill" and "evaluate" not in stages else None)
+    opened = []
+    if {"ppo", "distill"} & set(stages):
+        opened.append(demands(recipe, ("policy", "rollout") if recipe.align == "distill" else None))
+    if "evaluate" in stages:
+        opened.append(demands(recipe, EVALUATED))
+    for groups in opened:
         placement.check(groups, recipe.ppo.colocate)
         meeting = [role for role, demand in groups.items() if demand.meets and role != "rollout"]  # engines work each for itself
         needed = len(meeting) + (transport(recipe) in BROADCASTS)  # the policy meets them once more to send its weights
