@@ -38,7 +38,7 @@ TASKS = {
     "spell_backward": Task("spell_backward?min_word_len=3&max_word_len=4"),
     "chain_sum": Task(
         "chain_sum?min_terms=3&max_terms=3&max_digits=1",
-        ("sft.epochs=5", "sft.stop_at_val_loss=0.65", "sft.max_tokens=96", "ppo.max_prompt_tokens=80", "ppo.steps=240"),
+        ("sft.epochs=5", "sft.stop_at_val_loss=0.65", "sft.max_tokens=96", "ppo.max_prompt_tokens=80", "ppo.steps=300"),
     ),
     "letter_counting": Task(
         "letter_counting?min_words=3&max_words=6",
