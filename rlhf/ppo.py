@@ -120,7 +120,7 @@ def run(recipe: Recipe, inputs: dict[str, Path], out: Path, monitor: Monitor) ->
             began = time.time()
             metrics = ppo_step(graph, recipe, batch, step, running)
             metrics |= who_waited(graph, recipe, out, began, step + 1) | who_holds(graph, recipe)
-            running = after(running, metrics.get("kl"), metrics["reward"], metrics["reward_sd"], config)
+            running = after(running, metrics.get("kl", 0.0), metrics["reward"], metrics["reward_sd"], config)
             done = step + 1
             if config.validate_every and (done % config.validate_every == 0 or done == config.steps):
                 metrics["held_out_reward"] = held_out_reward(graph, recipe, unseen)

@@ -250,9 +250,8 @@ class PolicyWorker(WeightSender, LearningRole):
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:
         """With `one_pass` also `log_prob_gap`: how far this rank's log-probabilities, before the step, are from the engine's."""
-        extras = {name: getattr(experience, name) for name in ("log_probs", "advantages", "shares")}
-        if experience.ref_log_probs is not None:
-            extras["ref_log_probs"] = experience.ref_log_probs
+        names = ("log_probs", "ref_log_probs", "advantages", "shares")
+        extras = {name: values for name in names if (values := getattr(experience, name)) is not None}
         gaps = [0.0]
         loss = partial(policy_objective, config=self.config, kl_coef=experience.kl_coef, gaps=gaps)
         prompts = self.prompts(experience.rollout, extras, experience.weights)

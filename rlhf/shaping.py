@@ -37,8 +37,11 @@ def begin(config: Ppo) -> Running:
     return Running(config.kl_coef)
 
 
-def after(running: Running, kl: float | None, mean: float, deviation: float, config: Ppo) -> Running:
-    """What the next step needs, after a rollout `kl` nats per answer from the reference (if there is one), scores `mean` +- `deviation`."""
+def after(running: Running, kl: float, mean: float, deviation: float, config: Ppo) -> Running:
+    """What the next step needs, after a rollout `kl` nats per answer from the reference and with scores of `mean` +- `deviation`.
+
+    Without a reference `kl` is 0: its weight is 0 then, and stays so.
+    """
     return replace(running.seen(mean, deviation), kl_coef=next_kl_coef(running.kl_coef, kl, config))
 
 
@@ -46,16 +49,16 @@ def replay(rows: Iterable[dict[str, float]], config: Ppo) -> Running:
     """What follows the steps whose curve is `rows`: a resumed run goes on with the same bits."""
     running = begin(config)
     for row in rows:
-        running = after(running, row.get("ppo/kl"), row["ppo/reward"], row["ppo/reward_sd"], config)
+        running = after(running, row.get("ppo/kl", 0.0), row["ppo/reward"], row["ppo/reward_sd"], config)
     return running
 
 
-def next_kl_coef(kl_coef: float, kl: float | None, config: Ppo) -> float:
+def next_kl_coef(kl_coef: float, kl: float, config: Ppo) -> float:
     """The KL weight of the next step, after a rollout that was `kl` nats per answer from the reference.
 
     beta <- beta (1 + clip(kl / target - 1, -0.2, 0.2) samples / horizon): Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
-    if config.kl_target is None or kl is None:
+    if config.kl_target is None:
         return kl_coef
     surprise = float(np.clip(kl / config.kl_target - 1, -0.2, 0.2))
     return kl_coef * (1 + surprise * config.samples / config.kl_horizon)
