@@ -45,9 +45,9 @@ transformers_logging.set_verbosity_error()  # a missing reward head is told, and
 LOGITS = 1 << 26
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """A `data.packing.PackedBatch` as tensors on the compute device."""
+    """A `data.packing.PackedBatch` as tensors on the compute device; equal to itself alone."""
 
     tokens: torch.Tensor  # int64 [T]
     positions: torch.Tensor  # int64 [T], from 0 in every segment, or from the length of its prefix

@@ -279,10 +279,9 @@ class Ppo(Optimizer):
 
     @property
     def one_pass(self) -> bool:
-        """Whether the pass that learns is the first to need the policy's log-probabilities: a rollout has one optimizer step, so the old
-        ones are its own, and no reward or weight is made of them before."""
-        once = self.epochs == 1 and self.global_batch >= self.samples
-        return once and self.importance == "none" and not (self.kl_coef and self.kl_in == "reward")
+        """Whether nobody asks the policy for log-probabilities before it learns: an optimizer step holds the whole rollout, so the old ones
+        are those of the first pass that learns. A KL in the rewards is then that of the engine, which wrote the answers."""
+        return self.global_batch >= self.samples and self.importance == "none"
 
     @property
     def spare_prompts(self) -> int:

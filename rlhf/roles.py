@@ -9,7 +9,7 @@ A scoring call takes the engines' rollouts and returns this rank's share: (sampl
 Who scores which sample is arithmetic, so the ranks need not talk about it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,17 +182,24 @@ class LearningRole(Role):
     def learn(self, units: list[list[Sample]], size: int, step: int, loss: Loss, settings: Ppo | OnPolicyDistill) -> dict[str, float]:
         """`epochs` passes over the units, `size` of them an optimizer step; returns the mean of each metric, and of the first optimizer
         step its `ratio_error`."""
-        n, history = len(units), []
         told = self._memory_told(units, loss, settings)
+        with explained(*told):
+            history = [self.learner.step(batches, loss) for batches in self.mini_batches(units, size, step, settings)]
+        first = {name: history[0][name] for name in ("ratio_error",) if name in history[0]}
+        return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]} | first
+
+    def mini_batches(self, units: list[list[Sample]], size: int, step: int, settings: Ppo | OnPolicyDistill) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each optimizer step; one that holds all units has the same objects in every pass."""
+        n = len(units)
+        batches: list[Batch] = []
         for epoch in range(settings.epochs):
             order = sample_index(self.recipe.seed, step * settings.epochs + epoch, np.arange(n), n, "ppo")
             for start in range(0, n, size):
-                mine = [sample for i in order[start : start + size] for sample in units[i]]
-                chosen = [[mine[i] for i in share] or [uncounted(mine[0])] for share in self.micro_batches(mine, settings.micro_batch)]
-                with explained(*told):
-                    history.append(self.learner.step([self.batch(some) for some in chosen], loss))
-        first = {name: history[0][name] for name in ("ratio_error",) if name in history[0]}
-        return {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]} | first
+                if size < n or not batches:
+                    mine = [sample for i in order[start : start + size] for sample in units[i]]
+                    shares = self.micro_batches(mine, settings.micro_batch)
+                    batches = [self.batch([mine[i] for i in share] or [uncounted(mine[0])]) for share in shares]
+                yield batches
 
     def _memory_told(self, units: list[list[Sample]], loss: Loss, settings: Ppo | OnPolicyDistill) -> tuple[Any, ...]:
         """What `explained` needs to say why memory ran out. Estimated once, before the optimizer has states; all ranks take part."""
@@ -249,11 +256,11 @@ class PolicyWorker(WeightSender, LearningRole):
         return estimate(rollout, found, self.config, running, compared)
 
     def update(self, experience: Experience, step: int) -> dict[str, float]:
-        """With `one_pass` also `log_prob_gap`: how far this rank's log-probabilities, before the step, are from the engine's."""
+        """With `one_pass` also `log_prob_gap`: how far this rank's log-probabilities, in the first pass, are from the engine's."""
         names = ("log_probs", "ref_log_probs", "advantages", "shares")
         extras = {name: values for name in names if (values := getattr(experience, name)) is not None}
         gaps = [0.0]
-        loss = partial(policy_objective, config=self.config, kl_coef=experience.kl_coef, gaps=gaps)
+        loss = partial(policy_objective, config=self.config, kl_coef=experience.kl_coef, first={}, gaps=gaps)
         prompts = self.prompts(experience.rollout, extras, experience.weights)
         figures = self.learn(prompts, self.config.prompts_at_once, step, loss, self.config)
         return figures | ({"log_prob_gap": float(np.max(gaps))} if self.config.one_pass else {})  # NaN stays NaN
@@ -303,17 +310,21 @@ class CriticWorker(LearningRole):
         return self.learn(prompts, self.config.prompts_at_once, step, partial(value_objective, config=self.config), self.config)
 
 
-def policy_objective(model: torch.nn.Module, batch: Batch, config: Ppo, kl_coef: float, gaps: list[float]) -> Sums:
+def policy_objective(
+    model: torch.nn.Module, batch: Batch, config: Ppo, kl_coef: float, first: dict[Batch, torch.Tensor], gaps: list[float]
+) -> Sums:
     """sum_t share_t (policy loss + kl_coef KL(pi || pi_ref) - entropy_coef entropy)_t over the counted response tokens.
 
-    With `one_pass` the old log-probabilities are the new ones, and how far the engine's are from them is added to `gaps`.
+    With `one_pass` the old log-probabilities are those of the batch's first pass, which are kept in `first`, and how far the engine's are
+    from them is added to `gaps`.
     """
     at = {name: values[batch.rows] for name, values in batch.extras.items()}
     found = model(batch, config.temperature, config.entropy_coef > 0)
     now = found[:, 0] if config.entropy_coef else found
     if config.one_pass:
-        gaps.append(float(((now.detach() - at["log_probs"]) * (batch.weights > 0)).abs().max()))
-        at["log_probs"] = now.detach()
+        old = first.setdefault(batch, now.detach())
+        gaps.append(float(((old - at["log_probs"]) * (batch.weights > 0)).abs().max()))
+        at["log_probs"] = old
     terms, clipped = policy_loss(now, at["log_probs"], at["advantages"], batch.owners, config)
     figures = {"clip_fraction": clipped.float(), "update_kl": kl(at["log_probs"] - now, "k3")}
     figures["ratio_error"] = (now - at["log_probs"]).detach().expm1().abs()  # 0 before the first optimizer step, up to rounding

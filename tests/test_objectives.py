@@ -24,6 +24,7 @@ few = settings(max_examples=12, deadline=None)
 SHARED = {"max_response_tokens": 8, "kl_coef": 0.1, "temperature": 0.8}
 FAMILY = {
     "ppo": {"advantage": "gae"},
+    "ppo, one pass": {"advantage": "gae", "rollout_batch": 4, "global_batch": 4},
     "ppo, entropy": {"advantage": "gae", "entropy_coef": 0.1, "policy_loss": "dual_clip"},
     "grpo": {"advantage": "grpo", "samples_per_prompt": 2, "kl_in": "loss", "aggregation": "sequence_mean"},
     "grpo, one pass": {
@@ -132,7 +133,7 @@ def test_loss_and_gradient_equal_plain_transformers(name: str, lengths: list[int
     twin = plain_twin(inner)
     batch = Batch.of(pack(samples(experience.rollout, extras_of(experience), experience.weights)), CPU)
     gaps: list[float] = []
-    value, _ = policy_objective(LanguageModel(inner), batch, config, experience.kl_coef, gaps)
+    value, _ = policy_objective(LanguageModel(inner), batch, config, experience.kl_coef, {}, gaps)
     assert len(gaps) == config.one_pass
     loss = value / max(float(experience.weights.sum()), 1e-9)
     loss.backward()
@@ -183,7 +184,7 @@ def test_cuts_and_order_change_nothing(name: str) -> None:
     for cut in cuts:
         learner = Learner(LanguageModel(causal_lm()), config, 1)
         batches = [Batch.of(pack([packable[i] for i in ids]), CPU) for ids in cut]
-        found.append(learner.step(batches, partial(policy_objective, config=config, kl_coef=experience.kl_coef, gaps=[])))
+        found.append(learner.step(batches, partial(policy_objective, config=config, kl_coef=experience.kl_coef, first={}, gaps=[])))
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5, abs=1e-7)
     assert {"clip_fraction", "update_kl"} <= found[0].keys()

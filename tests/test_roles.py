@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import causal_lm
+from tiny import CPU, causal_lm
 
 from data import tokenizers
-from rlhf.experience import Experience, Rollout, align
-from rlhf.models import save_model
+from data.packing import pack
+from rlhf.experience import Experience, Rollout, align, samples
+from rlhf.learner import Learner
+from rlhf.models import Batch, LanguageModel, load_causal_lm, save_model
 from rlhf.recipe import Recipe
 from rlhf.roles import PolicyWorker, ReferenceWorker
 
@@ -65,6 +67,38 @@ def test_what_all_prompts_begin_with_changes_no_figure(model: Path, tmp_path: Pa
     for ours in found[1:]:
         for one, other in zip(found[0], ours, strict=True):
             torch.testing.assert_close(one, other, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [4096, 16])
+def test_old_log_probs_are_those_of_the_first_pass(model: Path, tmp_path: Path, micro_batch: int) -> None:
+    """One optimizer step to a pass: what the engine says of its answers is compared, and moves nothing, in any of three passes."""
+    written = rollout([4, 9, 1, 2, 7, 3])
+    total = int(written.response_lengths.sum())
+    floats = np.random.default_rng(0).normal(size=(2, total)).astype(np.float32)
+    ones = np.ones(total, np.float32)
+    few = {"max_prompt_tokens": 4, "max_response_tokens": 12, "micro_batch": micro_batch}
+    config = recipe(**few, rollout_batch=6, global_batch=6, epochs=3, compile=False, learning_rate=3e-2, clip_range=0.1)
+    assert config.ppo.one_pass
+    policy = PolicyWorker(0, 1, 1, config, model)
+    policy.load(3, tmp_path)
+    engine = align([policy.log_probs(written)], written.response_lengths) + 0.1 * floats[0]
+    figures = policy.update(Experience(written, engine, None, floats[1], ones / total, ones, 0.0), 0)
+
+    learner = Learner(LanguageModel(load_causal_lm(model)), config.ppo.model_copy(update={"compile": False}), 3)
+    batch = Batch.of(pack(samples(written, {"advantages": floats[1]}, ones / total)), CPU)
+    old = learner.model(batch, config.ppo.temperature).detach()
+
+    def by_hand(lm: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        ratio, advantages = (lm(batch, config.ppo.temperature) - old).exp(), batch.extras["advantages"][batch.rows]
+        return -torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.1) * advantages).sum(), {}
+
+    for _ in range(3):
+        learner.step([batch], by_hand)
+    assert figures["ratio_error"] == 0
+    assert figures["clip_fraction"] > 0
+    assert figures["log_prob_gap"] == pytest.approx(0.1 * np.abs(floats[0]).max(), rel=1e-4)
+    for ours, theirs in zip(policy.learner.model.parameters(), learner.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @NEEDS_COMPILER
