@@ -1,4 +1,4 @@
-# make quickstart   raw text to a PPO-tuned chat model, about 11 minutes on 2 cores
+# make quickstart   raw text to a PPO-tuned chat model, 10 to 15 minutes on 2 cores
 # make test         all tests
 # make lint         ruff and mypy
 # make peers        the environment of the libraries that benchmarks/ compares with, in .venv-peers
