@@ -9,6 +9,7 @@ its curve. Rows are {"role", "at_20", "at_end", "unit", "growth"}: GiB that a ro
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -43,7 +44,8 @@ def main() -> None:
     prefix = "ppo/memory_gib/"
     for name in (name for name in rows[0] if name.startswith(prefix)):
         before, after = (statistics.mean(row[name] for row in some) for some in (rows[SETTLED : SETTLED + OVER], rows[-OVER:]))
-        row = {"role": name.removeprefix(prefix), "at_20": before, "at_end": after, "unit": "GiB", "growth": after / before - 1}
+        growth = after / before - 1 if before else math.inf if after else 0.0  # the object store may well be empty
+        row = {"role": name.removeprefix(prefix), "at_20": before, "at_end": after, "unit": "GiB", "growth": growth}
         found.append(row)
         table.add_row(row["role"], f"{before:.4f}", f"{after:.4f}", f"{row['growth']:+.1%}")
     Console().print(table)
