@@ -315,16 +315,17 @@ def policy_objective(
 ) -> Sums:
     """sum_t share_t (policy loss + kl_coef KL(pi || pi_ref) - entropy_coef entropy)_t over the counted response tokens.
 
-    With `one_pass` the old log-probabilities are those of the batch's first pass, which are kept in `first`, and how far the engine's are
-    from them is added to `gaps`.
+    With `one_pass` the old log-probabilities are those of the batch's first pass, which are kept in `first`; how far the engine's are from
+    them is added to `gaps` in that pass.
     """
     at = {name: values[batch.rows] for name, values in batch.extras.items()}
     found = model(batch, config.temperature, config.entropy_coef > 0)
     now = found[:, 0] if config.entropy_coef else found
     if config.one_pass:
-        old = first.setdefault(batch, now.detach())
-        gaps.append(float(((old - at["log_probs"]) * (batch.weights > 0)).abs().max()))
-        at["log_probs"] = old
+        if batch not in first:
+            first[batch] = now.detach()
+            gaps.append(float(((first[batch] - at["log_probs"]) * (batch.weights > 0)).abs().max()))
+        at["log_probs"] = first[batch]
     terms, clipped = policy_loss(now, at["log_probs"], at["advantages"], batch.owners, config)
     figures = {"clip_fraction": clipped.float(), "update_kl": kl(at["log_probs"] - now, "k3")}
     figures["ratio_error"] = (now - at["log_probs"]).detach().expm1().abs()  # 0 before the first optimizer step, up to rounding
