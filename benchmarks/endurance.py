@@ -4,12 +4,12 @@
     python -m benchmarks.endurance --base runs/quickstart --steps 200 --json endurance.json
 
 Runs the ppo stage of the quickstart's recipe from the quickstart's models, with small rollouts and a constant learning rate, and reads
-its curve. Rows are {"role", "at_20", "at_end", "unit", "growth"}: GiB that a role's actors hold, means over ten steps; growth 0.05 is 5 %.
+its curve. Rows are {"role", "at_20", "at_end", "unit", "growth"}: GiB that a role's actors hold, means over ten steps; growth 0.05 is 5 %,
+null where a role held nothing at first and something at the end.
 """
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import subprocess
@@ -44,10 +44,10 @@ def main() -> None:
     prefix = "ppo/memory_gib/"
     for name in (name for name in rows[0] if name.startswith(prefix)):
         before, after = (statistics.mean(row[name] for row in some) for some in (rows[SETTLED : SETTLED + OVER], rows[-OVER:]))
-        growth = after / before - 1 if before else math.inf if after else 0.0  # the object store may well be empty
+        growth = after / before - 1 if before else None if after else 0.0  # the object store may well be empty
         row = {"role": name.removeprefix(prefix), "at_20": before, "at_end": after, "unit": "GiB", "growth": growth}
         found.append(row)
-        table.add_row(row["role"], f"{before:.4f}", f"{after:.4f}", f"{row['growth']:+.1%}")
+        table.add_row(row["role"], f"{before:.4f}", f"{after:.4f}", "" if growth is None else f"{growth:+.1%}")
     Console().print(table)
     gap = max(max(row["sync/log_prob_gap"], row["ppo/log_prob_gap"]) for row in rows)
     ratio = max(row["ppo/policy_ratio_error"] for row in rows)

@@ -37,7 +37,7 @@ class Dataset:
     licence: str
     about: str
     kinds: tuple[str, ...]
-    """Of text, chat, preferences, prompts: each is one .jsonl file."""
+    """Of text, chat, worked, preferences, prompts: each is one .jsonl file."""
     package: Package
     convert: Callable[..., Rows]
     """The package's file, and the options by name -> rows by kind."""
@@ -113,7 +113,7 @@ def _drawn(task: str) -> Dataset:
         return reasoning.draw(file, task, given)
 
     about = f"reasoning-gym's {task}: questions with their answers, drawn by the options {', '.join(options)}"
-    return Dataset(task, "Apache-2.0", about, ("text", "chat", "prompts"), wheel, convert, options=options)
+    return Dataset(task, "Apache-2.0", about, reasoning.kinds(task), wheel, convert, version=2, options=options)
 
 
 _CHATTERBOT = Package(

@@ -10,8 +10,10 @@ read as it comes, by a process of its own (`python -m data.reasoning`).
 
 import importlib
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +40,29 @@ OPTIONS = {
 SECONDS = 600
 
 
+def count_aloud(question: str) -> str:
+    """The text that a question of letter_counting is about, with the count so far behind every letter that is counted: `me1e2t`."""
+    found = re.fullmatch(r'.*the letter "(.)" appear in the text: "(.*)"\?', question, re.DOTALL)
+    assert found, question  # the wheel's sha256 is pinned, so questions are worded like this
+    letter, text = found.groups()
+    counted, said = 0, ""
+    for character in text:
+        said += character
+        if character.lower() == letter:
+            counted += 1
+            said += str(counted)
+    return said
+
+
+WORKINGS: dict[str, Callable[[str], str]] = {"letter_counting": count_aloud}
+"""Task -> how the way to its answer is written."""
+
+
+def kinds(task: str) -> tuple[str, ...]:
+    """What `draw` makes of a task."""
+    return ("text", "chat", "prompts", *(("worked",) if task in WORKINGS else ()))
+
+
 def draw(wheel: Path, task: str, options: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
     """Rows by kind. Raises DataError with reasoning-gym's words when it refuses the options."""
     command = [sys.executable, "-m", "data.reasoning", str(wheel), task, json.dumps(DRAWN | options)]
@@ -47,20 +72,23 @@ def draw(wheel: Path, task: str, options: dict[str, int]) -> dict[str, list[dict
         raise DataError(f"{task} with {options} did not draw its questions within {SECONDS} s: ask for fewer (size)") from None
     if process.returncode:
         raise DataError(f"{task} cannot be drawn with {options}: {process.stderr.strip().splitlines()[-1]}")
-    return rows(json.loads(process.stdout))
+    return rows(task, json.loads(process.stdout))
 
 
-def rows(questions: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+def rows(task: str, questions: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
     """The rows by kind, from answers by question."""
-    text, chat, prompts = [], [], []
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds(task)}
     for question, answer in questions.items():
         split = "validation" if in_validation(question, HELD_OUT) else "train"
         asked = [{"role": "user", "content": question}]
         if split == "train":
-            text.append({"text": f"{question}\n{answer}"})
-        chat.append({"messages": [*asked, {"role": "assistant", "content": answer}], "split": split})
-        prompts.append({"messages": asked, "answer": answer, "split": split})
-    return {"text": text, "chat": chat, "prompts": prompts}
+            found["text"].append({"text": f"{question}\n{answer}"})
+        found["chat"].append({"messages": [*asked, {"role": "assistant", "content": answer}], "split": split})
+        found["prompts"].append({"messages": asked, "answer": answer, "split": split})
+        if working := WORKINGS.get(task):
+            worked = f"{working(question)}\n{answer}"
+            found["worked"].append({"messages": [*asked, {"role": "assistant", "content": worked}], "split": split})
+    return found
 
 
 def _ask(wheel: Path, task: str, options: dict[str, int]) -> dict[str, str]:

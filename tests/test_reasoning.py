@@ -8,6 +8,7 @@ import pytest
 from data import catalog, reasoning
 from data.errors import DataError
 from rlhf import pipeline, recipe_file
+from rlhf.rewards import exact_match
 
 RECIPE = """\
 name: sums
@@ -65,6 +66,17 @@ def test_questions_have_answers_and_one_side(cache_dir: Path, source: str) -> No
             assert int(answer) == question.partition("text: ")[2].lower().count(question.split('"')[1])
 
 
+def test_a_worked_answer_counts_aloud_and_is_right(cache_dir: Path) -> None:
+    worked, prompts = (rows(cache_dir, f"letter_counting?size=400:{kind}") for kind in ("worked", "prompts"))
+    assert [(row["messages"][0], row["split"]) for row in worked] == [(row["messages"][0], row["split"]) for row in prompts]
+    said = [row["messages"][1]["content"] for row in worked]
+    assert set(exact_match([""] * len(said), said, [row["answer"] for row in prompts])) == {1.0}
+    assert {text.rpartition("\n")[2] for text in said} > {"1", "2", "3"}
+    assert reasoning.count_aloud('How many times does the letter "e" appear in the text: "Even 2 meet"?') == "E1ve2n 2 me3e4t"
+    with pytest.raises(DataError, match="chain_sum holds text, chat, prompts, not 'worked'"):
+        catalog.resolve("chain_sum?size=400:worked", cache_dir)
+
+
 def test_options_make_other_questions(cache_dir: Path) -> None:
     easy, hard = (rows(cache_dir, f"chain_sum?{options}:prompts") for options in ("max_digits=1&max_terms=2", "max_terms=3&size=400"))
     assert max(len(row["answer"]) for row in easy) < max(len(row["answer"]) for row in hard)
@@ -94,9 +106,8 @@ def test_options_that_are_none(name: str, said: str) -> None:
 def test_what_the_generator_refuses_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"spell_backward cannot be drawn with .*max_word_len must be >= min_word_len"):
         catalog.get("spell_backward?min_word_len=9&max_word_len=3", tmp_path)
-    assert reasoning.rows({"a": "b"})["prompts"] == [
-        {"messages": [{"role": "user", "content": "a"}], "answer": "b", "split": reasoning.rows({"a": "b"})["chat"][0]["split"]}
-    ]
+    drawn = reasoning.rows("chain_sum", {"a": "b"})
+    assert drawn["prompts"] == [{"messages": [{"role": "user", "content": "a"}], "answer": "b", "split": drawn["chat"][0]["split"]}]
 
 
 @pytest.mark.slow
