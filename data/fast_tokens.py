@@ -15,15 +15,12 @@ import logging
 import tempfile
 import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import psutil
 
 from data.encodings import rank_file
-
-if TYPE_CHECKING:
-    from data.tokenizers import BytePairTokenizer
 
 PATTERNS = {"r50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}  # ours -> its names
 WORTH = 1 << 18  # characters: opening it takes as long as tiktoken takes for a few MB, so short batches do not ask for it
@@ -54,6 +51,17 @@ def _new(character: str) -> bool:
 
 
 UNSURE = np.array([_new(chr(unit)) for unit in range(1 << 16)])  # by unit of UTF-16: look closer (10 ms to make)
+
+
+class Slow(Protocol):
+    """What it has to know of the tokenizer whose work it does (`data.tokenizers.BytePairTokenizer`)."""
+
+    name: str
+    ranks: dict[bytes, int]
+    pattern: str
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]: ...
 
 
 class Fast:
@@ -94,7 +102,7 @@ class Fast:
 _opened: dict[str, Fast | None] = {}  # by fingerprint, of this process
 
 
-def of(tokenizer: "BytePairTokenizer", texts: Sequence[str]) -> Fast | None:
+def of(tokenizer: Slow, texts: Sequence[str]) -> Fast | None:
     """The fast way for this tokenizer, opened and proven once per process, when there is work enough (WORTH) for the first time."""
     if tokenizer.fingerprint not in _opened and sum(map(len, texts)) >= WORTH:
         _opened[tokenizer.fingerprint] = opened(tokenizer, texts)
@@ -104,7 +112,7 @@ def of(tokenizer: "BytePairTokenizer", texts: Sequence[str]) -> Fast | None:
     return fast
 
 
-def opened(tokenizer: "BytePairTokenizer", texts: Sequence[str]) -> Fast | None:
+def opened(tokenizer: Slow, texts: Sequence[str]) -> Fast | None:
     """gigatoken for this tokenizer, when it is there and gives tiktoken's ids on NASTY and on the first PROOF characters of `texts`."""
     try:
         import gigatoken  # noqa: F401
