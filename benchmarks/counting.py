@@ -1,0 +1,14 @@
+"""What `benchmarks.reasoning` asks of an answer to letter_counting: `ppo.reward_function: benchmarks/counting.py:aloud`.
+
+The number alone says little: it is 1 for 41 % of the questions of 6 to 9 words, so that a model is right without counting.
+"""
+
+from data.reasoning import count_aloud
+
+
+def aloud(prompts: list[str], responses: list[str], answers: list[str | None]) -> list[float]:
+    """1.0 where every letter is counted as it comes and the number is right, else 0.0."""
+    return [
+        float(response.strip() == f"{count_aloud(prompt)}\n{answer}")
+        for prompt, response, answer in zip(prompts, responses, answers, strict=True)
+    ]
