@@ -47,7 +47,7 @@ TASKS = {
         keys=(
             *("model.max_positions=288", "sft.max_tokens=288", "ppo.max_prompt_tokens=176", "ppo.max_response_tokens=104"),
             *("sft.learning_rate=1e-2", "sft.final_lr_fraction=0.1", "sft.epochs=2.2", "sft.stop_at_val_loss=0.15"),
-            *("ppo.reward_function=benchmarks/counting.py:aloud", "ppo.rollout_batch=64", "ppo.steps=120", "ppo.learning_rate=1e-3"),
+            *("ppo.reward_function=benchmarks/counting.py:aloud", "ppo.rollout_batch=64", "ppo.steps=300", "ppo.learning_rate=6e-4"),
         ),
     ),
 }
