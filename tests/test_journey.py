@@ -159,7 +159,6 @@ def whole(job) -> Path:
     return job.run_dir
 
 
-@pytest.mark.timeout(1200)
 def test_killed_in_training_and_in_ppo_and_resumed_gives_the_same_bytes(job, ray_session, tmp_path, cache_dir, request):
     """One stage of each kind: workers of Ray Train, and the actor graph. What sft and reward add to the former is in test_training.py."""
     recipe, run_dir = write_recipe(tmp_path, cache_dir, "killed"), tmp_path / "runs" / "killed"
