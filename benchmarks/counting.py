@@ -8,7 +8,4 @@ from data.reasoning import count_aloud
 
 def aloud(prompts: list[str], responses: list[str], answers: list[str | None]) -> list[float]:
     """1.0 where every letter is counted as it comes and the number is right, else 0.0."""
-    return [
-        float(response.strip() == f"{count_aloud(prompt)}\n{answer}")
-        for prompt, response, answer in zip(prompts, responses, answers, strict=True)
-    ]
+    return [float(response.strip() == count_aloud(prompt)) for prompt, response in zip(prompts, responses, strict=True)]

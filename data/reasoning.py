@@ -41,7 +41,8 @@ SECONDS = 600
 
 
 def count_aloud(question: str) -> str:
-    """The text that a question of letter_counting is about, with the count so far behind every letter that is counted: `me1e2t`."""
+    """An answer to a question of letter_counting: its text with the count so far behind every letter that is counted, `me1e2t`, then the
+    number in a line of its own."""
     found = re.fullmatch(r'.*the letter "(.)" appear in the text: "(.*)"\?', question, re.DOTALL)
     assert found, question  # the wheel's sha256 is pinned, so questions are worded like this
     letter, text = found.groups()
@@ -51,11 +52,11 @@ def count_aloud(question: str) -> str:
         if character.lower() == letter:
             counted += 1
             said += str(counted)
-    return said
+    return f"{said}\n{counted}"
 
 
 WORKINGS: dict[str, Callable[[str], str]] = {"letter_counting": count_aloud}
-"""Task -> how the way to its answer is written."""
+"""Task -> an answer that shows the way to it, from the question."""
 
 
 def kinds(task: str) -> tuple[str, ...]:
@@ -81,13 +82,12 @@ def rows(task: str, questions: dict[str, str]) -> dict[str, list[dict[str, Any]]
     for question, answer in questions.items():
         split = "validation" if in_validation(question, HELD_OUT) else "train"
         asked = [{"role": "user", "content": question}]
+        said = {"chat": answer} | ({"worked": WORKINGS[task](question)} if task in WORKINGS else {})
         if split == "train":
             found["text"].append({"text": f"{question}\n{answer}"})
-        found["chat"].append({"messages": [*asked, {"role": "assistant", "content": answer}], "split": split})
+        for kind, content in said.items():
+            found[kind].append({"messages": [*asked, {"role": "assistant", "content": content}], "split": split})
         found["prompts"].append({"messages": asked, "answer": answer, "split": split})
-        if working := WORKINGS.get(task):
-            worked = f"{working(question)}\n{answer}"
-            found["worked"].append({"messages": [*asked, {"role": "assistant", "content": worked}], "split": split})
     return found
 
 

@@ -74,7 +74,7 @@ def test_a_worked_answer_counts_aloud_and_is_right(cache_dir: Path) -> None:
     assert set(exact_match([""] * len(said), said, [row["answer"] for row in prompts])) == {1.0}
     assert set(aloud([row["messages"][0]["content"] for row in prompts], said, [row["answer"] for row in prompts])) == {1.0}
     assert {text.rpartition("\n")[2] for text in said} > {"1", "2", "3"}
-    assert reasoning.count_aloud('How many times does the letter "e" appear in the text: "Even 2 meet"?') == "E1ve2n 2 me3e4t"
+    assert reasoning.count_aloud('How many times does the letter "e" appear in the text: "Even 2 meet"?') == "E1ve2n 2 me3e4t\n4"
     asked, right = 'How many times does the letter "e" appear in the text: "we met"?', "we1 me2t\n2"
     assert aloud([asked] * 4, [right, f" {right}\n", "we1 met\n2", "2"], ["2"] * 4) == [1.0, 1.0, 0.0, 0.0]
     with pytest.raises(DataError, match="chain_sum holds text, chat, prompts, not 'worked'"):
