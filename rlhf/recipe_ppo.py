@@ -15,6 +15,7 @@ from cluster.plan import Demand, disagreement
 from rlhf.ppo_presets import PRESETS, told
 from rlhf.recipe_base import Lora, Optimizer, Section, key
 
+SENDERS = ("policy", "reference")  # whose weights go to the engines: the policy's after every step, both for the evaluation
 COMPARING = ("grpo", "dr_grpo", "rloo", "reinforce++_baseline")  # answers to one prompt; advantages.GROUPED holds their formulas
 
 
@@ -246,7 +247,8 @@ class Ppo(Optimizer):
     weight_sync: Literal["auto", "object_store", "gloo", "nccl", "ipc"] = key(
         "auto",
         "How the policy's weights reach the engines: Ray's object store, a broadcast between nodes (`gloo`; `nccl` between GPUs), or CUDA "
-        "IPC for an engine on its policy's GPU. `auto`: nccl between GPUs, else object_store on one node and gloo on several.",
+        "IPC for an engine on its policy's GPU. `auto`: object_store where they take turns (`colocate`), else nccl between GPUs, else "
+        "object_store on one node and gloo on several.",
     )
     log_prob_gap_limit: float | None = key(
         None,
@@ -271,6 +273,17 @@ class Ppo(Optimizer):
     @classmethod
     def defaults_of_the_preset(cls, values: Any) -> Any:
         return filled(values) if isinstance(values, dict) else values
+
+    @property
+    def engines_take_turns(self) -> bool:
+        """Whether the engines are on the devices of those that send them weights, so that one of them sleeps while the other works."""
+        return any("rollout" in names and set(SENDERS) & set(names) for names in self.colocate)
+
+    @property
+    def sync_between_gpus(self) -> bool:
+        """Whether engines and those that send them weights all have whole GPUs of their own."""
+        groups = (self.groups.rollout, *(getattr(self.groups, role) for role in SENDERS))
+        return all(group.gpus >= 1 for group in groups) and not self.engines_take_turns
 
     @property
     def prompts_at_once(self) -> int:
@@ -365,8 +378,13 @@ def disagreements(ppo: Ppo) -> list[str]:
         wrong.append(f"ppo.samples_per_prompt = 1 leaves {asks} nothing to compare: 4 to 16 are usual")
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1" and ppo.kl_coef:
         wrong.append("ppo.kl_estimator = k1 pulls nowhere as a loss (the mean of its gradient is 0, arXiv:2506.09477): use k2 or k3")
-    if ppo.weight_sync in ("nccl", "ipc") and not (ppo.groups.policy.gpus and ppo.groups.rollout.gpus):
-        wrong.append(f"ppo.weight_sync = {ppo.weight_sync} needs GPUs in ppo.groups.policy and ppo.groups.rollout")
+    if ppo.weight_sync in ("gloo", "nccl") and ppo.engines_take_turns:
+        at_once = f"ppo.weight_sync = {ppo.weight_sync} sends and receives at once"
+        wrong.append(f"{at_once}, but ppo.colocate lets rollout take turns with those that send: auto takes object_store")
+    elif ppo.weight_sync == "nccl" and not ppo.sync_between_gpus:
+        wrong.append("ppo.weight_sync = nccl needs whole GPUs in ppo.groups.policy, ppo.groups.reference and ppo.groups.rollout")
+    elif ppo.weight_sync == "ipc" and not (ppo.groups.rollout.gpus and any({"rollout", *SENDERS} <= set(names) for names in ppo.colocate)):
+        wrong.append("ppo.weight_sync = ipc reads the same GPU's memory: policy, reference and rollout have to share GPUs (ppo.colocate)")
     if ppo.overlong_buffer > ppo.max_response_tokens:
         wrong.append(f"ppo.overlong_buffer = {ppo.overlong_buffer} is larger than ppo.max_response_tokens = {ppo.max_response_tokens}")
     return wrong

@@ -4,7 +4,8 @@
     metrics |= gate(graph, recipe, prompts, step=6)             # {"sync/log_prob_gap", "sync/resyncs"}; TrainingError when they disagree
 
 One flow for all transports, vLLM's own: init (once), start, update for every bucket of 256 MiB, finish. While the engines load a
-bucket the policy gathers the next one; two are on their way at most. With `ppo.adapter` the adapter alone goes, in one call.
+bucket the policy gathers the next one; two are on their way at most. Where both take turns on the same devices, all buckets are sent before
+the first is loaded: each change of turns moves whole models. With `ppo.adapter` the adapter alone goes, in one call.
 """
 
 import time
@@ -55,9 +56,11 @@ def sync_weights(graph: Graph, recipe: Recipe, version: str, source: str = "poli
     if link.transport == ADAPTER:
         return send_adapter(sender, rollout, version, seconds, what)
     began = time.perf_counter()
+    in_turns = sender.turns is not None and sender.turns is rollout.turns
+    ahead = [sender.start("send", bucket) for bucket in link.buckets] if in_turns else []
     before: Mapping[str, ObjectRef] = rollout.start("start_weight_update")
-    for bucket in link.buckets:
-        sent = sender.start("send", bucket)
+    for i, bucket in enumerate(link.buckets):
+        sent = ahead[i] if in_turns else sender.start("send", bucket)
         # A broadcast needs both sides in the call; otherwise the engines wait for what the call carries.
         carried = () if link.transport in BROADCASTS else tuple(sent.values())
         arrived = rollout.start("update_weights", bucket, *carried)
@@ -107,15 +110,16 @@ def link_to(graph: Graph, recipe: Recipe, source: str) -> Link:
     host, port = "", 0
     if transport in BROADCASTS:
         host, port = wait({first: sender.actors[0].address.remote(recipe.cluster.ports)}, seconds, "weight sync: find a port")[first]
-    world = 1 + len(rollout.actors)
+    parts = recipe.ppo.groups.rollout.tensor_parallel  # of an engine, each of which receives
+    world = 1 + parts * len(rollout.actors)
     joining = sender.start("open_transport", transport, host, port, world, seconds)
     for rank in range(len(rollout.actors)):
         init_info = {
             "object_store": {},
-            "gloo": {"host": host, "port": port, "rank": 1 + rank, "world": world, "seconds": seconds},
+            "gloo": {"host": host, "port": port, "rank": 1 + parts * rank, "world": world, "seconds": seconds},
             # vLLM broadcasts a call's tensors in one piece when its buffer is as large as our buckets.
             "nccl": {
-                **{"master_address": host, "master_port": port, "rank_offset": 1 + rank, "world_size": world},
+                **{"master_address": host, "master_port": port, "rank_offset": 1 + parts * rank, "world_size": world},
                 **{"packed": True, "packed_buffer_size_bytes": max(map(size, buckets))},
             },
             "ipc": {"packed": True},

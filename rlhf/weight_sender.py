@@ -10,6 +10,9 @@
 | nccl         | the same between GPUs, received by vLLM's own backend | GPUs; has not run on one yet |
 | ipc          | a handle to the GPU memory of the rank that shares the engine's GPU, opened by vLLM's own backend | GPUs; has not run yet |
 
+A broadcast needs both sides at work at once, which those that take turns on the same devices (`ppo.colocate`) never are; ipc is for
+them alone.
+
 With `ppo.adapter` none of them: the adapter alone goes to the engines, in one call (`sync.send_adapter`).
 """
 
@@ -33,23 +36,23 @@ BROADCASTS = ("gloo", "nccl")  # sender and receivers must be in the call at the
 
 
 def transport(recipe: Recipe) -> str:
-    """`ppo.weight_sync`, and what `auto` means here: nccl between GPUs, else the object store of one node or gloo between nodes."""
-    chosen, groups = recipe.ppo.weight_sync, recipe.ppo.groups
-    if chosen != "auto":
-        return chosen
-    if min(groups.policy.gpus, groups.rollout.gpus) >= 1:  # nccl refuses two ranks on one GPU
+    """`ppo.weight_sync`, and what `auto` means here: the object store where engines and senders take turns, nccl between GPUs, else the
+    object store of one node or gloo between nodes."""
+    if recipe.ppo.weight_sync != "auto":
+        return recipe.ppo.weight_sync
+    if recipe.ppo.sync_between_gpus:
         return "nccl"
     nodes = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
-    return "object_store" if nodes == 1 else "gloo"
+    return "object_store" if nodes == 1 or recipe.ppo.engines_take_turns else "gloo"
 
 
 class WeightSender:
     """What a role's worker needs for its weights to reach the engines. All ranks are called together; rank 0 sends."""
 
     rank: int
-    transport: str
+    transport: str = ""
     group: Any = None
-    kept: Sequence[torch.Tensor] = ()  # buffers, the latest first
+    kept: Sequence[torch.Tensor] = ()  # buffers
 
     @property
     def network(self) -> nn.Module:
@@ -60,7 +63,7 @@ class WeightSender:
         return buckets.specs(buckets.shards(self.network), dtype)
 
     def open_transport(self, name: str, host: str, port: int, world: int, seconds: float) -> None:
-        """Meet the engines at host:port, where the transport needs it: rank 0 here, the engines as ranks 1 .. world - 1."""
+        """Meet the engines at host:port, where the transport needs it: rank 0 here, the engines' workers as ranks 1 .. world - 1."""
         self.transport, self.group = name, None
         if self.rank or name not in BROADCASTS:
             return
@@ -97,14 +100,20 @@ class WeightSender:
     def _buffer(self, size: int) -> torch.Tensor:
         """Room for a bucket, kept from sync to sync: fresh pages for 444 MB took 3.5 s on a busy machine, copying them 0.5 s.
 
-        With ipc two take turns, since the engines may still read the bucket before.
+        With ipc every bucket has its own until this role wakes again, since the engines read all of them while it sleeps.
         """
         device = hardware().device if self.transport in ("nccl", "ipc") else torch.device("cpu")
-        *older, oldest = [*self.kept, torch.empty(0, dtype=torch.uint8)][: 2 if self.transport == "ipc" else 1]
-        if oldest.numel() < size:
-            oldest = torch.empty(size, dtype=torch.uint8, device=device)
-        self.kept = [oldest, *older]
-        return oldest
+        if self.transport != "ipc" and self.kept and self.kept[0].numel() >= size:
+            return self.kept[0]
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self.kept = [*self.kept, buffer] if self.transport == "ipc" else [buffer]
+        return buffer
+
+    def wake(self) -> None:
+        """By now the engines have read what was left for them on the device."""
+        if self.transport == "ipc":
+            self.kept = ()
+        super().wake()  # type: ignore[misc]  # the role's, to which this is added
 
     def fingerprints(self, dtype: str) -> list[tuple[Spec, Fingerprint]]:
         """Of every weight, as it is in `dtype`; on rank 0, [] on the others. Tied weights under both names."""

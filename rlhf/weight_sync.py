@@ -6,8 +6,8 @@
     llm.finish_weight_update("step-7")
 
 vLLM imports this module in its worker (that is what `worker_extension_cls` is for), which registers object_store and gloo; nccl and ipc
-are vLLM's own and take the same calls. `object_store` maps numpy from Ray's store: zero copies until vLLM's own `copy_`. Engines live in
-their actor's process and are not split over several workers.
+are vLLM's own and take the same calls. `object_store` maps numpy from Ray's store: zero copies until vLLM's own `copy_`. An engine that is
+split over several workers receives whole tensors in each, and vLLM's loader takes its part.
 """
 
 import warnings
@@ -34,7 +34,7 @@ class NothingToAgreeOn(WeightTransferInitInfo):
 
 @dataclass
 class Meeting(WeightTransferInitInfo):
-    """Where the group meets; this engine's rank in it, from 1."""
+    """Where the group meets; the rank in it of this engine's first worker, from 1."""
 
     host: str
     port: int
@@ -110,7 +110,8 @@ class GlooEngine(Reloading):
     update_info_cls = Bucket
 
     def init_transfer_engine(self, init_info: Meeting) -> None:
-        self.group = gloo_group(init_info.host, init_info.port, init_info.rank, init_info.world, init_info.seconds)
+        rank = init_info.rank + self.parallel_config.rank
+        self.group = gloo_group(init_info.host, init_info.port, rank, init_info.world, init_info.seconds)
 
     def packed(self, update_info: Bucket) -> torch.Tensor:
         received = torch.empty(size(update_info.specs), dtype=torch.uint8)

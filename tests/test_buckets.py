@@ -85,12 +85,26 @@ def test_a_fingerprint_shows_a_change_of_any_one_weight() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "rollout", "nodes", "chosen"),
-    [(0, 0, 1, "object_store"), (0, 0, 3, "gloo"), (1, 2, 3, "nccl"), (1, 0, 1, "object_store"), (0.5, 0.5, 1, "object_store")],
+    [
+        (0, 0, 1, "object_store"),
+        (0, 0, 3, "gloo"),
+        (1, 2, 3, "nccl"),
+        (1, 1, 3, "nccl"),
+        (1, 0, 1, "object_store"),
+        (0.5, 0.5, 1, "object_store"),
+    ],
 )
 def test_auto_takes_what_the_hardware_has(policy: float, rollout: float, nodes: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
     sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
-    groups = {"policy": {"gpus": policy}, "rollout": {"gpus": rollout, "tensor_parallel": max(1, int(rollout))}}
+    groups = {
+        "policy": {"gpus": policy},
+        "reference": {"gpus": policy},
+        "rollout": {"gpus": rollout, "tensor_parallel": max(1, int(rollout))},
+    }
     assert transport(Recipe(name="test", data=sources, ppo={"groups": groups})) == chosen
     assert transport(Recipe(name="test", data=sources, ppo={"groups": groups, "weight_sync": "gloo"})) == "gloo"
+    if policy == rollout != 0.5:  # who takes turns cannot meet in a broadcast
+        for names in (["rollout", "policy"], ["rollout", "reference"]):
+            assert transport(Recipe(name="test", data=sources, ppo={"groups": groups, "colocate": [names]})) == "object_store"

@@ -1,5 +1,6 @@
 """Roles on the same devices with real models and a real vLLM engine, and an engine of two processes."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,23 +9,30 @@ import ray
 
 from cluster.deadlines import wait
 from data import tokenizers
+from rlhf.buckets import plan
 from rlhf.experience import merge
 from rlhf.generation import generate
-from rlhf.graph import engines, open_graph
+from rlhf.graph import Graph, engines, open_graph
 from rlhf.models import new_causal_lm, save_model
 from rlhf.recipe import Model, Recipe
 from rlhf.roles import PolicyWorker, ReferenceWorker
-from rlhf.sync import gate, sync_weights
+from rlhf.sync import gate, link_to, sync_weights
 
 pytestmark = pytest.mark.slow
 SIZES = Model(hidden_size=64, layers=2, heads=2, kv_heads=1, intermediate_size=64, max_positions=64)
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
 
 
-def recipe_with(groups: dict, colocate: list[list[str]]) -> Recipe:
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of them, as large models have."""
+    monkeypatch.setattr("rlhf.sync.plan", partial(plan, limit=1 << 15))
+
+
+def recipe_with(groups: dict, colocate: list[list[str]], weight_sync: str = "auto") -> Recipe:
     sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
     ppo = {"rollout_batch": 4, "global_batch": 4, "max_prompt_tokens": 16, "max_response_tokens": 16, "log_prob_gap_limit": 1e-3}
-    return Recipe(name="test", data=sources, ppo=ppo | {"groups": groups, "colocate": colocate})
+    return Recipe(name="test", data=sources, ppo=ppo | {"groups": groups, "colocate": colocate, "weight_sync": weight_sync})
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +46,14 @@ def model(tmp_path_factory, tokenizer) -> Path:
     made = new_causal_lm(SIZES, tokenizer.vocab_size, tokenizer.end_of_text, seed=7)
     save_model(made, made.state_dict(), tokenizer, out)
     return out
+
+
+def changes_of_turns(graph: Graph, recipe: Recipe) -> int:
+    """How often the engine has been woken by a sync of several buckets."""
+    ask = partial(graph["rollout"].actors[0].work_done.remote)
+    ray.get(ask())
+    sync_weights(graph, recipe, "step-1")
+    return [what for what, *_ in ray.get(ask())].count("wake")
 
 
 def answers_of(recipe: Recipe, model: Path, tokenizer, checkpoints: Path) -> tuple:
@@ -57,7 +73,8 @@ def answers_of(recipe: Recipe, model: Path, tokenizer, checkpoints: Path) -> tup
         found = wait(scores, 120, "scores")
         rollout = merge(ray.get(rollouts))
         gaps.append(float(np.abs(found["policy[0]"][1] - found["reference[0]"][1]).max()))
-        sync_weights(graph, recipe, "step-1")
+        assert len(link_to(graph, recipe, "policy").buckets) > 3
+        assert changes_of_turns(graph, recipe) == (1 if recipe.ppo.colocate else 0), "every one moves two models"
         again = merge(ray.get(generate(graph, recipe, PROMPTS, 0)))
         assert again.version == "step-1"
         assert again.tokens.tolist() == rollout.tokens.tolist()
@@ -73,7 +90,8 @@ def test_a_graph_on_one_core_in_turn_equals_one_on_a_core_each(ray_session, mode
     assert together[2] < 1e-5
 
 
-def test_an_engine_of_two_processes_takes_weights_and_agrees_with_the_policy(ray_session, model, tokenizer, tmp_path):
-    recipe = recipe_with({"policy": {"cpus": 0.5}, "reference": {"cpus": 0.5}, "rollout": {"tensor_parallel": 2}}, [])
+@pytest.mark.parametrize("transport", ["object_store", "gloo"])
+def test_an_engine_of_two_processes_takes_weights_and_agrees_with_the_policy(ray_session, model, tokenizer, tmp_path, transport):
+    recipe = recipe_with({"policy": {"cpus": 0.5}, "reference": {"cpus": 0.5}, "rollout": {"tensor_parallel": 2}}, [], transport)
     _, _, gap = answers_of(recipe, model, tokenizer, tmp_path)
     assert gap < 1e-5

@@ -97,7 +97,13 @@ def test_sections_that_disagree(recipe_path: Path) -> None:
     assert "override pretrain.sequence_length=600: pretrain.sequence_length = 600 is longer than model.max_positions = 512" in message
     assert "override ppo.global_batch=128: ppo.global_batch = 128 is larger than ppo.rollout_batch = 64" in message
     message = complaint(recipe_path, "ppo.weight_sync=nccl", "ppo.groups.policy.gpus=1")
-    assert "override ppo.weight_sync=nccl: ppo.weight_sync = nccl needs GPUs in ppo.groups.policy and ppo.groups.rollout" in message
+    asks = "ppo.weight_sync = nccl needs whole GPUs in ppo.groups.policy, ppo.groups.reference and ppo.groups.rollout"
+    assert f"override ppo.weight_sync=nccl: {asks}" in message
+    on_gpus = [f"ppo.groups.{role}.gpus=1" for role in ("policy", "reference", "rollout")]
+    message = complaint(recipe_path, "ppo.weight_sync=nccl", *on_gpus, "ppo.colocate=[[policy, rollout]]")
+    assert "ppo.weight_sync = nccl sends and receives at once, but ppo.colocate lets rollout take turns with those that send" in message
+    message = complaint(recipe_path, "ppo.weight_sync=ipc", *on_gpus, "ppo.colocate=[[policy, rollout]]")
+    assert "ppo.weight_sync = ipc reads the same GPU's memory: policy, reference and rollout have to share GPUs" in message
     assert "override cluster.ports=[5, 6]: cluster.ports must be" in complaint(recipe_path, "cluster.ports=[5, 6]")
 
 
