@@ -43,12 +43,12 @@ TASKS = {
         keys=("sft.epochs=5", "sft.stop_at_val_loss=0.65", "sft.max_tokens=96", "ppo.max_prompt_tokens=80", "ppo.steps=300"),
     ),
     "letter_counting": Task(
-        "letter_counting?min_words=6&max_words=9",
+        "letter_counting?min_words=3&max_words=4",
         taught="worked",  # the bare number is not learned at this size, told right answers or not
         keys=(
-            *("model.max_positions=288", "sft.max_tokens=288", "ppo.max_prompt_tokens=176", "ppo.max_response_tokens=104"),
-            *("sft.learning_rate=1e-2", "sft.final_lr_fraction=0.1", "sft.epochs=2.2", "sft.stop_at_val_loss=0.15"),
-            *("ppo.reward_function=benchmarks/counting.py:aloud", "ppo.rollout_batch=64", "ppo.steps=120", "ppo.learning_rate=1e-3"),
+            *("model.max_positions=176", "sft.max_tokens=176", "ppo.max_prompt_tokens=112", "ppo.max_response_tokens=56"),
+            *("sft.learning_rate=1e-2", "sft.final_lr_fraction=0.1", "sft.epochs=2.2", "sft.stop_at_val_loss=0.26"),
+            *("ppo.reward_function=benchmarks/counting.py:aloud", "ppo.rollout_batch=64", "ppo.steps=240", "ppo.learning_rate=1e-3"),
         ),
     ),
 }
