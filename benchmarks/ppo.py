@@ -8,6 +8,7 @@ whoever writes the next ones. Models are the 10.5 M Llama with random weights, b
 which the end token has the same probability everywhere: 0 in the rows of fixed length, 1/64 in "natural lengths", so that
 answers end after 61 tokens in the mean of 192 allowed ones. Ours is the stage `rlhf.ppo.run` on a local Ray: its groups, a vLLM
 engine, weight sync, gate, curves and timeline included. What counts is the time from the end of the second step to the end of the last.
+With a GPU the work is a GPU's (`ppo_sizes.py`): 256 answers of 360 M models, in bf16, all roles in turn on one GPU. That has never run.
 
 "critical path" is no contest but `benchmarks/controller.py`: what the controller adds to the work of its roles.
 """
@@ -15,58 +16,42 @@ engine, weight sync, gate, curves and timeline included. What counts is the time
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks.contest import Contest, arguments, run, show
+from benchmarks.ppo_sizes import FIXED, GRPO, NATURAL, SIZES, TEMPERATURE, WORKS
+from cluster.hardware import hardware
 
-SAMPLES, FIXED, LONGEST, GROUP = 64, 64, 192, 8
-TEMPERATURE = 0.7
-MEAN = 64  # tokens of an answer that nothing cuts off
 VOCABULARY = 8192
-PROMPTS = {"short": (22, 512), "long": (128, 64)}  # name -> (tokens, how many)
 SCRIPTS = ("ours_ppo.py", "peers_ppo.py")
 CRITICAL = "critical path"
-
-CONTESTS = (
-    Contest(
-        "ppo step, fixed length",
-        {"ours": ["ours"], "TRL 1.12": ["ppo"]},
-        "samples/s (64 prompts of 22 tokens, 64 new tokens, 4 epochs)",
-        steps=4,
-        scripts=SCRIPTS,
-    ),
-    Contest(
-        "ppo step, natural lengths",
-        {"ours": ["ours"], "TRL 1.12": ["ppo"]},
-        "samples/s (64 prompts of 22 tokens, 61 new tokens in the mean, 192 at most, 4 epochs)",
-        steps=4,
-        scripts=SCRIPTS,
-    ),
-    Contest(
-        "grpo step",
-        {"ours": ["ours"], "TRL 1.16": ["grpo"]},
-        "samples/s (8 prompts of 128 tokens, 8 answers of 64 each)",
-        steps=5,
-        scripts=SCRIPTS,
-    ),
-)
+PEERS = {FIXED: ("TRL 1.12", "ppo", 4), NATURAL: ("TRL 1.12", "ppo", 4), GRPO: ("TRL 1.16", "grpo", 5)}  # who, its trainer, steps
 
 
-def prepare(folder: Path) -> None:
+def contests(on: str) -> list[Contest]:
+    """The steps on a "cpu" or "gpu"."""
+    return [
+        Contest(work, {"ours": ["ours", on], who: [trainer, on]}, SIZES[on].unit(work), steps, SCRIPTS)
+        for work, (who, trainer, steps) in PEERS.items()
+    ]
+
+
+def prepare(folder: Path, on: str = "cpu") -> None:
     """tokenizer/, fixed/model, natural/model, reward/model; prompts as {"text", "ids"} lines in short.jsonl and long.jsonl."""
     from data.chat import encode_prompt
     from data.tokenizers import train
     from rlhf.models import load_reward_model, new_causal_lm, save_model
     from rlhf.recipe import Model
 
-    rng = np.random.default_rng(0)
+    sizes, rng = SIZES[on], np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(2, 9))) for _ in range(6000)]
     tokenizer = train([" ".join(words)] * 2, VOCABULARY)
     tokenizer.save(folder / "tokenizer")
-    for name, (tokens, count) in PROMPTS.items():
+    for name, tokens, count in (("short", sizes.short, 8 * sizes.samples), ("long", sizes.long, 8 * sizes.samples // sizes.group)):
         rows = []
         while len(rows) < count:
             text = " ".join(rng.choice(words, tokens))
@@ -78,9 +63,8 @@ def prepare(folder: Path) -> None:
                 rows.append({"text": text, "ids": ids})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-    sizes = Model(hidden_size=256, layers=8, heads=4, kv_heads=4, intermediate_size=688, max_positions=512, tie_embeddings=False)
-    model = new_causal_lm(sizes, tokenizer.vocab_size, tokenizer.end_of_text, seed=0)
-    never, one_in = -20.0, TEMPERATURE * math.log(tokenizer.vocab_size / (MEAN - 1))
+    model = new_causal_lm(Model(**sizes.model), tokenizer.vocab_size, tokenizer.end_of_text, seed=0)
+    never, one_in = -20.0, TEMPERATURE * math.log(tokenizer.vocab_size / (sizes.mean - 1))
     for name, logit in (("fixed", never), ("natural", one_in)):
         give_logits(model, {tokenizer.end_of_text: never, tokenizer.end_of_turn: logit})
         save_model(model, dict(model.state_dict()), tokenizer, folder / name / "model")
@@ -108,10 +92,11 @@ def give_logits(model: torch.nn.Module, logits: dict[int, float]) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, [*(contest.work for contest in CONTESTS), CRITICAL])
+    parser = arguments(__doc__, [*WORKS, CRITICAL])
     parser.add_argument("--against", choices=["trl"], default="trl")
+    parser.add_argument("--on", choices=SIZES, default="gpu" if hardware().is_gpu else "cpu", help="default: what is here")
     asked = parser.parse_args()
-    rows = run(CONTESTS, asked, prepare)
+    rows = run(contests(asked.on), asked, partial(prepare, on=asked.on))
     if not asked.work or CRITICAL in asked.work:
         from benchmarks.controller import critical_path
 

@@ -3,10 +3,11 @@
     python -m benchmarks.weight_sync --json weight_sync.json [--transport gloo] [--rounds 5]
 
 The policy is a fresh 135 M Llama (SmolLM2's sizes, vocabulary 8,192) in one actor, the engine another actor on the same machine, fp32,
-one thread each. Rows are {"work", "ours", "peer", "theirs", "unit", "ratio"}, medians of `--rounds` syncs that take turns; a ratio above 1
-means that we are faster. MB/s is the size of one copy of the weights by the time from the first call to the engine's last answer, without
-the gate. The peer is what frameworks began with, and what made syncs of 50-250 s (OpenRLHF pull request 593, verl issue 4896): gather
-one parameter, tell every engine to load it, wait, next. "gate" holds what proves the sync: the largest difference of log-probabilities.
+one thread each; nccl takes two GPUs and has never run. Rows are {"work", "ours", "peer", "theirs", "unit", "ratio"}, medians of `--rounds`
+syncs that take turns; a ratio above 1 means that we are faster. MB/s is the size of one copy of the weights by the time from the first call
+to the engine's last answer, without the gate. The peer is what frameworks began with, and what made syncs of 50-250 s (OpenRLHF pull
+request 593, verl issue 4896): gather one parameter, tell every engine to load it, wait, next. "gate" holds what proves the sync: the
+largest difference of log-probabilities.
 """
 
 import argparse
@@ -39,8 +40,9 @@ PEER = "one call per parameter, same path"
 
 def recipe_for(transport: str) -> Recipe:
     sources = {name: ["unused"] for name in ("pretrain", "sft", "preferences", "prompts")}
-    one = {"cpus": 1, "threads": 1}
-    ppo = {"weight_sync": transport, "max_prompt_tokens": 16, "max_response_tokens": 16, "groups": {"policy": one, "rollout": one}}
+    one = {"cpus": 1, "threads": 1, "gpus": int(transport == "nccl")}
+    groups = {"policy": one, "reference": one, "rollout": one}  # of which the reference is not opened
+    ppo = {"weight_sync": transport, "max_prompt_tokens": 16, "max_response_tokens": 16, "groups": groups}
     return Recipe(name="benchmark", data=sources, ppo=ppo)
 
 
@@ -89,7 +91,7 @@ def measure(transport: str, rounds: int, folder: Path) -> dict[str, Any]:
         return statistics.median(figures[what] for figures in found[who][1:])
 
     megabytes = sum(map(size, link.buckets)) / 1e6
-    about = f"{megabytes:,.0f} MB in {len(link.buckets)} buckets, fp32, one engine"
+    about = f"{megabytes:,.0f} MB in {len(link.buckets)} buckets, {link.dtype}, one engine"
     rows = []
     for what, unit in (("sync/mb_per_s", f"MB/s ({about})"), ("sync/seconds", f"s ({about})")):
         ours, theirs = middle("ours", what), middle("peer", what)
@@ -109,7 +111,7 @@ def measure(transport: str, rounds: int, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transport", choices=["object_store", "gloo"], default="object_store")
+    parser.add_argument("--transport", choices=["object_store", "gloo", "nccl"], default="object_store")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()

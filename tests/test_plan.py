@@ -8,7 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.ours_ppo import recipe_for
+from benchmarks.ppo_sizes import GRPO, SIZES, WORKS
 from cluster.plan import Demand, Pool, disagreement, homeless, plan, pools_of
+from rlhf.graph import demands
+from rlhf.weight_sender import transport
 
 EIGHT = {f"n{i}": {"CPU": 16.0, "GPU": 8.0} for i in range(4)}
 
@@ -115,3 +119,13 @@ def test_a_thousand_nodes_take_no_time():
     assert len(found["policy"]) == 512
     assert len(layout({"policy": Demand(8000, 1, 1)}, nodes)["policy"]) == 1000
     assert layout({"policy": Demand(8001, 1, 1)}, nodes) is None
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_the_steps_that_are_timed_fit_one_gpu_and_two_cores(work):
+    for on, node in (("gpu", {"CPU": 8, "GPU": 1}), ("cpu", {"CPU": 2})):
+        recipe = recipe_for(work, on, steps=4)
+        assert plan(pools_of(demands(recipe), recipe.ppo.colocate), {"here": node}) is not None
+        assert recipe.ppo.samples == SIZES[on].samples
+        assert recipe.ppo.needs_critic == (work != GRPO)
+        assert transport(recipe) == "object_store"
