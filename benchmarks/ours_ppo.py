@@ -28,7 +28,7 @@ def recipe_for(work: str, on: str, steps: int) -> Recipe:
     roles = ["policy", "reference", "reward", *(() if work == GRPO else ("critic",))]
     if on == "gpu":
         groups: dict[str, Any] = {role: {"gpus": 1} for role in (*roles, "rollout")}
-        where = {"groups": groups, "colocate": [[*roles, "rollout"]], "micro_batch": 32_768}
+        where = {"groups": groups, "colocate": [[*roles, "rollout"]], "micro_batch": 16_384}
     else:
         # In turn, with both cores each: side by side, a core each, the critic waited for the policy, which learns a vocabulary besides.
         groups = {role: {"cpus": 0.4, "threads": 2} for role in roles}

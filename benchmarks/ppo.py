@@ -8,7 +8,7 @@ whoever writes the next ones. Models are the 10.5 M Llama with random weights, b
 which the end token has the same probability everywhere: 0 in the rows of fixed length, 1/64 in "natural lengths", so that
 answers end after 61 tokens in the mean of 192 allowed ones. Ours is the stage `rlhf.ppo.run` on a local Ray: its groups, a vLLM
 engine, weight sync, gate, curves and timeline included. What counts is the time from the end of the second step to the end of the last.
-With a GPU the work is a GPU's (`ppo_sizes.py`): 256 answers of 360 M models, in bf16, all roles in turn on one GPU. That has never run.
+With a GPU the work is a GPU's (`ppo_sizes.py`): 256 answers of 330 M models, in bf16, all roles in turn on one GPU. That has never run.
 
 "critical path" is no contest but `benchmarks/controller.py`: what the controller adds to the work of its roles.
 """

@@ -42,7 +42,7 @@ SIZES = {
         mean=64,
         rows=16,
     ),
-    # Policy and critic with their optimizer states, reference and reward model: 18 GB in fp32, of which those that wait are in host memory.
+    # 330 M parameters with our vocabulary: policy and critic with their optimizer states 5 GB each, and those that wait are in host memory.
     "gpu": Sizes(
         {"preset": "360m", "max_positions": 4096, "tie_embeddings": False},
         samples=256,

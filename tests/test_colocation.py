@@ -50,10 +50,10 @@ def model(tmp_path_factory, tokenizer) -> Path:
 
 def changes_of_turns(graph: Graph, recipe: Recipe) -> int:
     """How often the engine has been woken by a sync of several buckets."""
-    ask = partial(graph["rollout"].actors[0].work_done.remote)
-    ray.get(ask())
+    engine = graph["rollout"].actors[0]
+    ray.get(engine.work_done.remote())
     sync_weights(graph, recipe, "step-1")
-    return [what for what, *_ in ray.get(ask())].count("wake")
+    return [what for what, *_ in ray.get(engine.work_done.remote())].count("wake")
 
 
 def answers_of(recipe: Recipe, model: Path, tokenizer, checkpoints: Path) -> tuple:
