@@ -47,7 +47,6 @@ def main(work: str, _: str, folder: Path, out: Path, steps: int, on: str) -> Non
     from rlhf.ppo import run
 
     recipe, (prompts, policy) = recipe_for(work, on, steps), READ[work]
-    samples = SIZES[on].samples
     data = out / "data"
     tokenizer = tokenizers.load(folder / "tokenizer")
     tokenizer.save(data / "tokenizer")
@@ -63,7 +62,7 @@ def main(work: str, _: str, folder: Path, out: Path, steps: int, on: str) -> Non
             run(recipe, {"data": data, "sft": folder / policy, "reward": folder / "reward"}, stage, monitor)
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").open(encoding="utf-8")]
     held = sum(value for name, value in rows[-1].items() if name.startswith("ppo/memory_gib/"))
-    rate = samples * (steps - 2) / (rows[-1]["time"] - rows[1]["time"])
+    rate = recipe.ppo.samples * (steps - 2) / (rows[-1]["time"] - rows[1]["time"])
     tokens = sum(row["ppo/response_tokens"] for row in rows[2:]) / (steps - 2)
     print(json.dumps({"rate": rate, "memory_gib": held, "response_tokens": tokens}))
 
