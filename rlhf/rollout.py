@@ -22,6 +22,7 @@ from cluster.groups import Worker
 from cluster.hardware import hardware
 from rlhf.adapters import write_adapter
 from rlhf.buckets import Spec
+from rlhf.cpu_kernels import cpu_norms
 from rlhf.experience import Rollout, merge
 from rlhf.fingerprints import Fingerprint
 from rlhf.memory import engine_explained
@@ -105,6 +106,8 @@ class EngineWorker(Worker):
                 skip_tokenizer_init=True,
                 dtype="bfloat16" if hw.is_gpu else "float32",
                 enforce_eager=not hw.is_gpu,
+                # Further processes, of an engine that is split, would not know them.
+                ir_op_priority={} if hw.is_gpu or tensor_parallel > 1 else cpu_norms(),
                 max_model_len=max_tokens,
                 max_num_seqs=256,
                 # vLLM takes back the random numbers of a prompt that it has computed in part; generators of CPUs cannot do that.
