@@ -4,7 +4,8 @@
     run(CONTESTS, asked, prepare, compare)
 
 Rows are {"work", "ours", "peer", "theirs", "unit", "ratio"}; a ratio above 1 means that we are faster, or need less memory. Every figure is
-the median of `--rounds` processes, which take turns: ours, peer, peer, ours, ... All have 2 threads and one allocator.
+the median of `--rounds` processes, which take turns: ours, peer, peer, ours, ... All have 2 threads and one allocator, but for peers that
+a contest wants as they come.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import ROOT
+from cluster.connect import WORKER_ENV
 
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 THREADS = 2
@@ -40,6 +42,7 @@ class Contest:
     steps: int
     scripts: tuple[str, str] = ("ours.py", "peers.py")  # of this folder: WORK WHO FOLDER OUT STEPS [more], one line of JSON at the end
     peers: Path = PEERS  # the Python that runs the second script
+    as_they_come: Sequence[str] = ()  # runners whose allocator is left as glibc has it
 
 
 def arguments(about: str | None, works: Sequence[str]) -> argparse.ArgumentParser:
@@ -74,19 +77,19 @@ def compete(contests: Sequence[Contest], rounds: int, folder: Path) -> list[tupl
             for turn in range(rounds):
                 for who in list(contest.runners)[:: 1 if turn % 2 == 0 else -1]:
                     progress.update(bar, description=f"{contest.work}: {who}")
-                    found[who].append(measure(contest, contest.runners[who], folder))
+                    found[who].append(measure(contest, contest.runners[who], folder, who not in contest.as_they_come))
                     progress.advance(bar)
             results.append((contest, found))
     return results
 
 
-def measure(contest: Contest, runner: list[str], folder: Path) -> Figures:
-    """Run one process to its end."""
+def measure(contest: Contest, runner: list[str], folder: Path, keep_blocks: bool = True) -> Figures:
+    """Run one process to its end. keep_blocks: its allocator is told to keep freed blocks, as our workers are."""
     who, *rest = runner
     python, script = (sys.executable, contest.scripts[0]) if who == "ours" else (str(contest.peers), contest.scripts[1])
-    # One allocator for all: glibc's, told to keep freed blocks, as our workers are.
-    keep = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
-    env = os.environ | keep | {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    plain = {name: value for name, value in os.environ.items() if name not in WORKER_ENV}
+    quiet = {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    env = plain | (WORKER_ENV if keep_blocks else {}) | quiet
     with tempfile.TemporaryDirectory() as out:
         command = [python, str(ROOT / "benchmarks" / script), contest.work, who, str(folder), out, str(contest.steps), *rest]
         done = subprocess.run(command, text=True, capture_output=True, env=env, cwd=ROOT, timeout=900)

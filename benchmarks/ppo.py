@@ -1,4 +1,4 @@
-"""A step of PPO and of GRPO beside TRL's, on the same models, prompts, epochs, threads and allocator, in one run.
+"""A step of PPO and of GRPO beside TRL's, on the same models, prompts, epochs and threads, in one run.
 
     make peers                                             # .venv-peers: TRL 1.16, and 1.12, the last one with a PPOTrainer
     python -m benchmarks.ppo --against trl --json ppo.json
@@ -8,6 +8,8 @@ whoever writes the next ones. Models are the 10.5 M Llama with random weights, b
 which the end token has the same probability everywhere: 0 in the rows of fixed length, 1/64 in "natural lengths", so that
 answers end after 61 tokens in the mean of 192 allowed ones. Ours is the stage `rlhf.ppo.run` on a local Ray: its groups, a vLLM
 engine, weight sync, gate, curves and timeline included. What counts is the time from the end of the second step to the end of the last.
+TRL runs twice: as it comes, and with glibc told to keep freed blocks, which our workers do by themselves (`cluster/connect.py`).
+
 With a GPU the work is a GPU's (`ppo_sizes.py`): 256 answers of 330 M models, in bf16, all roles in turn on one GPU. That has never run.
 
 "critical path" is no contest but `benchmarks/controller.py`: what the controller adds to the work of its roles.
@@ -35,7 +37,14 @@ PEERS = {FIXED: ("TRL 1.12", "ppo", 4), NATURAL: ("TRL 1.12", "ppo", 4), GRPO: (
 def contests(on: str) -> list[Contest]:
     """The steps on a "cpu" or "gpu"."""
     return [
-        Contest(work, {"ours": ["ours", on], who: [trainer, on]}, SIZES[on].unit(work), steps, SCRIPTS)
+        Contest(
+            work,
+            {"ours": ["ours", on], who: [trainer, on], f"{who}, our allocator": [trainer, on]},
+            SIZES[on].unit(work),
+            steps,
+            SCRIPTS,
+            as_they_come=(who,),
+        )
         for work, (who, trainer, steps) in PEERS.items()
     ]
 

@@ -48,7 +48,7 @@ TASKS = {
         keys=(
             *("model.max_positions=176", "sft.max_tokens=176", "ppo.max_prompt_tokens=112", "ppo.max_response_tokens=56"),
             *("sft.learning_rate=1e-2", "sft.final_lr_fraction=0.1", "sft.epochs=2.2", "sft.stop_at_val_loss=0.26"),
-            *("ppo.reward_function=benchmarks/counting.py:aloud", "ppo.rollout_batch=64", "ppo.steps=320", "ppo.learning_rate=1e-3"),
+            *("ppo.reward_function=benchmarks/counting.py:aloud", "ppo.rollout_batch=64", "ppo.steps=440", "ppo.learning_rate=1e-3"),
         ),
     ),
 }

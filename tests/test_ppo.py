@@ -19,6 +19,7 @@ from cluster.placement import Demand, place
 from data import tokenizers
 from rlhf import buckets
 from rlhf.buckets import Spec, unpack
+from rlhf.cpu_kernels import NAME
 from rlhf.errors import TrainingError
 from rlhf.experience import merge, responses
 from rlhf.generation import generate
@@ -30,7 +31,7 @@ from rlhf.roles import PolicyWorker
 from rlhf.rollout import BATCHED, CPU_ENV, ENGINE_ENV
 from rlhf.sampling import sample_seed
 from rlhf.shaping import after, begin
-from rlhf.sync import differences, gate, refuse_gap, sync_weights
+from rlhf.sync import PROBE_PROMPT, beginnings, differences, gate, refuse_gap, sync_weights
 
 pytestmark = pytest.mark.slow
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # what a test does inside an actor, which cannot import this file
@@ -126,6 +127,36 @@ def test_engine_and_policy_agree_after_a_sync(graph, recipe):
     assert found["sync/resyncs"] == 0
     assert gate(graph, recipe, PROMPTS[:1], 0)["sync/log_prob_gap"] < 1e-5, "one prompt serves for all probes"
     assert rollout_of(graph, recipe).version == "step-0"
+
+
+def test_engines_on_cpus_compute_norms_by_their_own_kernels(graph):
+    def compare(worker):
+        import torch  # the global one would be taken along, for what is called `ops` below is looked for in it
+        from vllm import ir
+
+        torch.manual_seed(0)
+        x, residual, weight = torch.randn(6, 64), torch.randn(6, 64), torch.randn(64)
+        chosen = ir.ops.rms_norm.dispatch(x, weight, 1e-6), ir.ops.fused_add_rms_norm.dispatch(x, residual, weight, 1e-6)
+        plain = [op.impls["native"].impl_fn for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm)]
+        expected = [plain[0](x, weight, 1e-6), *plain[1](x, residual, weight, 1e-6)]
+        found = [chosen[0].impl_fn(x, weight, 1e-6), *chosen[1].impl_fn(x.clone(), residual.clone(), weight, 1e-6)]
+        odd = ir.ops.rms_norm.dispatch(x.view(2, 3, 64), weight, 1e-6).provider
+        apart = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+        return [impl.provider for impl in chosen], odd, apart
+
+    names, odd, apart = ray.get(graph["rollout"].actors[0].__ray_call__.remote(compare))
+    assert names == [NAME, NAME]
+    assert odd == "native", "what does not suit them is left to vLLM"
+    assert apart < 1e-5
+
+
+def test_probes_are_the_beginnings_of_prompts():
+    shared = list(range(30))
+    prompts = [[*shared, i, *range(50, 90)] for i in range(3)]
+    assert beginnings(prompts) == [prompt[: 30 + PROBE_PROMPT] for prompt in prompts]
+    assert beginnings([[*shared, 7], [*shared, 7, 8]]) == [[*shared, 7], [*shared, 7, 8]], "all go on behind what all prompts begin with"
+    assert beginnings([[5], [6, 7]]) == [[5], [6, 7]]
+    assert beginnings([[5, 6]] * 2) == [[5, 6]] * 2
 
 
 def test_a_bucket_that_arrives_broken_is_sent_once_more(graph, recipe, capsys):
