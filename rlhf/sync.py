@@ -160,7 +160,7 @@ def gaps(graph: Graph, recipe: Recipe, prompts: Prompts) -> tuple[dict[str, floa
     seeds = [sample_seed(recipe.seed, -1 - i) for i in range(n)]
     answers = {}
     for rank in range(len(graph["rollout"].actors)):
-        index, sampling = range(rank * n, rank * n + n), (PROBE_TOKENS, recipe.ppo.temperature)
+        index, sampling = range(rank * n, rank * n + n), (min(PROBE_TOKENS, recipe.ppo.max_response_tokens), recipe.ppo.temperature)
         answers[f"rollout[{rank}]"] = graph["rollout"].ask(rank, "generate", index, prompts, seeds, *sampling)
     written = wait(answers, seconds, "gate")
     checked = wait(graph["policy"].start("log_probs", *answers.values()), seconds, "gate")

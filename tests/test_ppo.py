@@ -150,6 +150,13 @@ def test_engines_on_cpus_compute_norms_by_their_own_kernels(graph):
     assert apart < 1e-5
 
 
+def test_the_longest_prompt_leaves_room_for_a_probe_where_answers_are_one_token(graph, recipe):
+    sync_weights(graph, recipe, "step-0")
+    longest = recipe.ppo.max_prompt_tokens + recipe.ppo.max_response_tokens
+    short = recipe.model_copy(update={"ppo": recipe.ppo.model_copy(update={"max_response_tokens": 1})})
+    assert gate(graph, short, [[5] * (longest - 1)], 0)["sync/log_prob_gap"] < 1e-5
+
+
 def test_probes_are_the_beginnings_of_prompts():
     shared = list(range(30))
     prompts = [[*shared, i, *range(50, 90)] for i in range(3)]
