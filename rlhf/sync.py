@@ -171,7 +171,7 @@ def gaps(graph: Graph, recipe: Recipe, prompts: Prompts) -> tuple[dict[str, floa
 
 
 def beginnings(prompts: Prompts) -> list[list[int]]:
-    """As much of each as all share, of which roles rely on `Role.opening`, and `PROBE_PROMPT` tokens more."""
+    """Of each prompt what all of these share, in which lies the opening that roles compute once, and `PROBE_PROMPT` tokens more."""
     shared = next((i for i, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1), min(map(len, prompts)))
     return [list(prompt[: shared + PROBE_PROMPT]) for prompt in prompts]
 
