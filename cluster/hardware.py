@@ -9,9 +9,12 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import psutil
 import torch
+
+CPUS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,16 @@ def hardware() -> Hardware:
     if torch.cuda.is_available():
         return Hardware(torch.device("cuda", 0), torch.bfloat16, "nccl")  # Ray shows every process only its own GPUs
     return Hardware(torch.device("cpu"), torch.float32, "gloo")
+
+
+@cache
+def on_amd_cpu() -> bool:
+    """Whether this process computes on a CPU of AMD's."""
+    if hardware().is_gpu:
+        return False
+    with suppress(OSError):
+        return "AuthenticAMD" in CPUS.read_text()
+    return False
 
 
 def use_threads(count: int) -> None:

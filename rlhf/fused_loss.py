@@ -12,7 +12,8 @@ vocabulary of 8,192: 0.73 s either way, what the three matmuls take); where they
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from rlhf.cpu_kernels import linear
 
 LOGITS_OF_GPU = 1 << 26  # logits at once: 256 MiB in fp32
 LOGITS_OF_CPU = 1 << 23  # 32 MiB; below 2^21 the small matmuls cost 5 to 25 %
@@ -27,7 +28,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for some in _chunks(hidden, table):
             h, t, w = (x[some] for x in (hidden, targets, weights))
-            logits = F.linear(h, table)
+            logits = linear(h, table)
             log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
             loss -= (log_p.gather(1, t[:, None])[:, 0] * w).sum()
             # d(-w log p_t) / d logits = w (softmax - onehot of t)
@@ -57,7 +58,7 @@ class _TargetLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, keep: bool) -> torch.Tensor:
         found, kept = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device), []
         for some in _chunks(hidden, table):
-            log_p = torch.log_softmax(F.linear(hidden[some], table), -1, dtype=torch.float32)
+            log_p = torch.log_softmax(linear(hidden[some], table), -1, dtype=torch.float32)
             found[some] = log_p.gather(1, targets[some, None])[:, 0]
             if keep:
                 kept.append(log_p)
@@ -71,7 +72,7 @@ class _TargetLogProbs(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
         of_table = torch.zeros_like(table, dtype=torch.float32) if wants_table else None
         for i, some in enumerate(_chunks(hidden, table)):
-            log_p = kept[i] if kept else torch.log_softmax(F.linear(hidden[some], table), -1, dtype=torch.float32)
+            log_p = kept[i] if kept else torch.log_softmax(linear(hidden[some], table), -1, dtype=torch.float32)
             g, t = upstream[0][some, None], targets[some, None]
             # d log p_t / d logits = onehot of t - softmax
             gradient = log_p.exp_().mul_(-g).scatter_add_(1, t, g).to(table.dtype)

@@ -48,6 +48,7 @@ from rlhf.recipe import Optimizer, Pretrain, Training
 KEPT = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.roundhouse.linear.default,  # `cpu_kernels`
     torch.ops.aten._scaled_mm.default,  # fp8
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
