@@ -1,6 +1,6 @@
 """Kernels for CPUs that are there already, and that torch or vLLM would not take by themselves.
 
-    suit(model)                                   # in place: linear layers by oneDNN, where that is the faster library
+    use_onednn(model)                             # in place: linear layers by oneDNN, where that is the faster library
     LLM(model, ir_op_priority=cpu_norms())        # vLLM's RMS norms, in an engine that runs in this process
 
 **Linear layers.** torch multiplies float32 by Intel's MKL. On AMD's processors (Zen 4, two threads, the matrices of a 10.5 M model, 5,504
@@ -67,14 +67,14 @@ class OneDnnLinear(nn.Linear):
         return found
 
 
-def suit(model: nn.Module) -> None:
+def use_onednn(model: nn.Module) -> None:
     """Have the plain linear layers of a transformers model, but for its head, computed by oneDNN on AMD's CPUs, in place; their names and
     weights stay what they are."""
     if not on_amd_cpu():
         return
     for module in list(model.base_model.modules()):  # type: ignore[union-attr, operator]
         plain = type(module) is nn.Linear and [name for name, _ in module.named_parameters()] == ["weight"]
-        if plain and module.weight.numel() >= LEAST:  # type: ignore[operator, union-attr]
+        if plain and module.weight.numel() >= LEAST:
             module.__class__ = OneDnnLinear
 
 

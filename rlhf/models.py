@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from data.packing import PackedBatch
 from data.tokenizers import Tokenizer
 from rlhf.attention import PACKED, Segments
-from rlhf.cpu_kernels import suit
+from rlhf.cpu_kernels import use_onednn
 from rlhf.errors import RecipeError
 from rlhf.fused_loss import target_log_probs, weighted_cross_entropy
 from rlhf.losses import cross_entropy
@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
-        suit(causal_lm)
+        use_onednn(causal_lm)
         self.inner = causal_lm
 
     def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False, summed: bool = False) -> torch.Tensor:
@@ -115,7 +115,7 @@ class ScalarModel(nn.Module):
 
     def __init__(self, classifier: PreTrainedModel) -> None:
         super().__init__()
-        suit(classifier)
+        use_onednn(classifier)
         self.inner = classifier
 
     def forward(self, batch: Batch, each_head: bool = False) -> torch.Tensor:

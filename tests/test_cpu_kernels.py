@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cluster import hardware
-from rlhf.cpu_kernels import LEAST, OneDnnLinear, onednn_linear, suit
+from rlhf.cpu_kernels import LEAST, OneDnnLinear, onednn_linear, use_onednn
 from rlhf.models import LanguageModel
 
 
@@ -69,5 +69,5 @@ def test_what_is_no_plain_float_layer_stays(vendor) -> None:
     model = tiny.causal_lm(hidden_size=256, intermediate_size=320)
     with_bias = torch.nn.Linear(256, 320)
     model.model.layers[0].mlp.up_proj = with_bias
-    suit(model)
+    use_onednn(model)
     assert type(with_bias) is torch.nn.Linear
