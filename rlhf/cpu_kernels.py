@@ -5,7 +5,7 @@
 
 **Linear layers.** torch multiplies float32 by Intel's MKL. On AMD's processors (Zen 4, two threads, the matrices of a 10.5 M model, 5,504
 rows) oneDNN, which torch brings along as well, does 171 to 192 GFLOP/s forward and to the inputs where MKL does 104 to 157; to the
-weights MKL is as good, and stays. On an Intel machine the two were equal.
+weights MKL is as good, and stays. On an Intel machine the two were equal (one thread).
 
 **RMS norms.** vLLM builds C++ kernels for CPUs, and gives them to GPUs alone. Otherwise a norm is six torch operations: of 1.8 s of a
 rollout (32 answers of 64 tokens, 10.5 M parameters, one thread) .14 instead of .04. They are registered as vLLM asks kernels from
@@ -74,7 +74,7 @@ def use_onednn(model: nn.Module) -> None:
         return
     for module in list(model.base_model.modules()):  # type: ignore[union-attr, operator]
         plain = type(module) is nn.Linear and [name for name, _ in module.named_parameters()] == ["weight"]
-        if plain and module.weight.numel() >= LEAST:
+        if plain and module.weight.dtype == torch.float32 and module.weight.numel() >= LEAST:
             module.__class__ = OneDnnLinear
 
 

@@ -67,7 +67,8 @@ def test_amds_cpus_alone_multiply_large_matrices_of_the_blocks_by_onednn(vendor,
 def test_what_is_no_plain_float_layer_stays(vendor) -> None:
     vendor("AuthenticAMD")
     model = tiny.causal_lm(hidden_size=256, intermediate_size=320)
-    with_bias = torch.nn.Linear(256, 320)
-    model.model.layers[0].mlp.up_proj = with_bias
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj, mlp.gate_proj = torch.nn.Linear(256, 320), torch.nn.Linear(256, 320, bias=False, dtype=torch.bfloat16)
     use_onednn(model)
-    assert type(with_bias) is torch.nn.Linear
+    assert type(mlp.up_proj) is type(mlp.gate_proj) is torch.nn.Linear
+    assert type(mlp.down_proj) is OneDnnLinear
