@@ -13,7 +13,7 @@ elsewhere to be, with what they need of their arguments.
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn as nn
@@ -54,9 +54,17 @@ onednn_linear.register_autograd(_gradients, setup_context=_keep)
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T, [..., out], by the library that is faster here."""
-    suits = on_amd_cpu() and x.dtype == torch.float32 and weight.numel() >= LEAST
-    found: Tensor = onednn_linear(x, weight) if suits else F.linear(x, weight)
+    found: Tensor = onednn_linear(x, weight) if _pays(weight) else F.linear(x, weight)
     return found
+
+
+def _pays(weight: Tensor) -> bool:
+    return on_amd_cpu() and weight.dtype == torch.float32 and weight.numel() >= LEAST
+
+
+def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """A matrix and nothing else: no bias, no adapter in it."""
+    return type(layer) is nn.Linear and layer.bias is None
 
 
 class OneDnnLinear(nn.Linear):
@@ -70,11 +78,8 @@ class OneDnnLinear(nn.Linear):
 def use_onednn(model: nn.Module) -> None:
     """Have the plain linear layers of a transformers model, but for its head, computed by oneDNN on AMD's CPUs, in place; their names and
     weights stay what they are."""
-    if not on_amd_cpu():
-        return
-    for module in list(model.base_model.modules()):  # type: ignore[union-attr, operator]
-        plain = type(module) is nn.Linear and [name for name, _ in module.named_parameters()] == ["weight"]
-        if plain and module.weight.dtype == torch.float32 and module.weight.numel() >= LEAST:
+    for module in model.base_model.modules():  # type: ignore[union-attr, operator]
+        if is_plain(module) and _pays(module.weight):
             module.__class__ = OneDnnLinear
 
 

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from data.packing import PackedBatch
 from data.tokenizers import Tokenizer
 from rlhf.attention import PACKED, Segments
-from rlhf.cpu_kernels import use_onednn
+from rlhf.cpu_kernels import is_plain, use_onednn
 from rlhf.errors import RecipeError
 from rlhf.fused_loss import target_log_probs, weighted_cross_entropy
 from rlhf.losses import cross_entropy
@@ -147,11 +147,6 @@ def log_probs(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, temp
         return torch.stack([found, logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)], 1)
 
     return in_chunks(some, head.weight.shape[0], hidden, targets, keep=not entropy)
-
-
-def is_plain(head: nn.Module) -> bool:
-    """A matrix and nothing else: no bias, no adapter in it."""
-    return type(head) is nn.Linear and head.bias is None
 
 
 def rows_at_once(vocabulary: int) -> int:

@@ -30,7 +30,7 @@ def test_outputs_and_gradients_are_those_of_torch(shape: tuple[int, ...], compil
     x, weight, upstream = torch.randn(*shape, 256), torch.randn(320, 256) / 16, torch.randn(*shape, 320)
 
     def through(linear, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
-        x, weight = x.double().to(x.dtype).requires_grad_(), weight.clone().requires_grad_()
+        x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
         out = linear(torch.tanh(x), weight) * 2
         return [out.detach(), *torch.autograd.grad(out, (x, weight), upstream)]
 
